@@ -1,0 +1,155 @@
+"""Checkpoints: safetensors and JSON, written whole or not at all; nothing pickled is ever read.
+
+A checkpoint is a folder `checkpoint-000040` with model.safetensors, optimizer.safetensors,
+ema.safetensors and state.json. It is written under another name and renamed when complete, so a
+crash at any moment leaves the last whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = "branchcore-checkpoint-1"
+_NAME = re.compile(r"checkpoint-(\d{6,})$")
+Tensors = dict[str, Tensor]
+
+
+def folder_of(out: Path, iteration: int) -> Path:
+    """Returns the folder of an iteration's checkpoint."""
+    return out / f"checkpoint-{iteration:06d}"
+
+
+def latest(out: Path) -> Path | None:
+    """Returns the newest whole checkpoint of a run, None if there is none."""
+    found = [p for p in out.glob("checkpoint-*") if _NAME.match(p.name) and p.is_dir()]
+    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def save(
+    out: Path, iteration: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Writes a checkpoint atomically and removes all but the newest `keep`.
+
+    Args:
+        out: folder of the run.
+        iteration: completed iterations.
+        tensors: one safetensors file per entry.
+        state: JSON-serialisable facts that a resumed run must agree on.
+        keep: checkpoints to keep, at least 1.
+    """
+    folder = folder_of(out, iteration)
+    partial = out / f".partial-{folder.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, group in tensors.items():
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in group.items()}, _file(partial, name)
+        )
+    text = json.dumps({"format": FORMAT, "iteration": iteration, **state}, indent=1)
+    (partial / "state.json").write_text(text)
+    for path in partial.iterdir():
+        _sync(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+    _sync(out)
+    found = sorted(p for p in out.glob("checkpoint-*") if _NAME.match(p.name))
+    for old in found[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Reads and checks a checkpoint's state.json.
+
+    Raises:
+        ValueError: not a checkpoint of this format, or damaged.
+    """
+    path = folder / "state.json"
+    if not path.is_file():
+        raise ValueError(f"checkpoint: {folder} must hold state.json, got no such file")
+    try:
+        state = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"checkpoint: {path} must be JSON, got damaged text ({error})") from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"checkpoint: {path} must have format {FORMAT!r}, got {found!r}")
+    return cast("dict[str, Any]", state)
+
+
+def load_tensors(folder: Path, name: str, like: Mapping[str, Tensor] | None = None) -> Tensors:
+    """Reads one safetensors file of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        name: file without suffix.
+        like: tensors whose names and shapes the file must have; None = any.
+
+    Raises:
+        ValueError: missing, damaged, or of another model.
+    """
+    path = _file(folder, name)
+    if not path.is_file():
+        raise ValueError(f"checkpoint: {folder} must hold {path.name}, got no such file")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint: {path} must be whole safetensors, got {error}") from error
+    if like is not None:
+        check_like(path, tensors, like)
+    return tensors
+
+
+def check_like(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless both have the same names and shapes."""
+    missing, extra = sorted(set(like) - set(tensors)), sorted(set(tensors) - set(like))
+    if missing or extra:
+        raise ValueError(
+            f"checkpoint: {path} must hold this model's {len(like)} tensors, "
+            f"got {len(missing)} missing {missing[:3]} and {len(extra)} foreign {extra[:3]}"
+        )
+    for name, tensor in like.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(
+                f"checkpoint: {path}: {name} must be {tuple(tensor.shape)}, "
+                f"got {tuple(tensors[name].shape)}"
+            )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """Returns the optimizer's per-parameter tensors as `index.name`."""
+    state = cast("dict[int, dict[str, Tensor]]", optimizer.state_dict()["state"])
+    return {f"{i}.{name}": t for i, values in state.items() for name, t in values.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restores what `optimizer_tensors` returned into an optimizer of the same parameters."""
+    state: dict[int, Tensors] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,161 @@
+"""From leaf rewards to edge advantages: two verbs, `lift` and `standardize`, in either order.
+
+Host float64 throughout: a tree has a few hundred nodes. Letters: M rows, L leaves, R rewards.
+Groups are named by columns of the plan, see `Plan.group`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from branchcore.plan import Ints, Plan
+
+Floats = NDArray[np.float64]
+
+
+def standardize(
+    values_nR: Floats,
+    group_n: Ints,
+    *,
+    ddof: int = 1,
+    eps: float = 1e-8,
+    floor: float = 0.0,
+    spread: Floats | None = None,
+    among: NDArray[np.bool_] | None = None,
+) -> Floats:
+    """Returns z-scores per group and reward: (value - mean) / (std + eps).
+
+    Args:
+        values_nR: (n, R) rewards or lifted rewards.
+        group_n: (n,) group numbers; statistics never cross groups.
+        ddof: 1 for the unbiased std (DanceGRPO, BranchGRPO), 0 for Flow-GRPO.
+        eps: added to the std; 1e-8 DanceGRPO, 1e-4 Flow-GRPO.
+        floor: groups whose std is below it get 0; BranchGRPO 1e-6.
+        spread: (R,) a std for all groups instead of their own (Flow-GRPO's `global_std`).
+        among: (n,) rows that count; the others take no part and get 0. None = all.
+
+    Returns:
+        (n, R) float64; 0 for a group of one and for equal values.
+
+    Source: BranchGRPO eq. 4 and `compute_depthwise_advantages`; DanceGRPO, Flow-GRPO.
+    """
+    out = np.zeros_like(values_nR, dtype=np.float64)
+    rows = np.arange(len(values_nR)) if among is None else np.flatnonzero(among)
+    if not len(rows):
+        return out
+    group = np.unique(group_n[rows], return_inverse=True)[1].reshape(-1)
+    values = np.asarray(values_nR, dtype=np.float64)[rows]
+    size = np.bincount(group).astype(np.float64)[:, None]
+    total = np.zeros((len(size), values.shape[1]))
+    np.add.at(total, group, values)
+    centred = values - (total / size)[group]
+    square = np.zeros_like(total)
+    np.add.at(square, group, centred**2)
+    std = np.sqrt(square / np.maximum(size - ddof, 1.0))
+    low, high = np.full_like(total, np.inf), np.full_like(total, -np.inf)
+    np.minimum.at(low, group, values)
+    np.maximum.at(high, group, values)
+    live = (size > 1) & (high > low) & (std >= floor)
+    divisor = std if spread is None else np.broadcast_to(spread, std.shape)
+    out[rows] = np.where(live[group], centred / (divisor + eps)[group], 0.0)
+    return out
+
+
+def lift(plan: Plan, leaf_values_LR: Floats, weight_M: Floats | None = None) -> Floats:
+    """Returns (M, R) node values: own leaf value + sum over children of weight * child's value.
+
+    Args:
+        plan: M rows with L leaves.
+        leaf_values_LR: (L, R) in the plan's leaf order; nodes that are no leaf own 0.
+        weight_M: (M,) weight of the edge into each node; None = 1 (sums over the leaves below).
+    """
+    if leaf_values_LR.ndim != 2 or len(leaf_values_LR) != int(plan.leaf.sum()):
+        raise ValueError(
+            f"lift: leaf_values_LR must be (L, R) with L={int(plan.leaf.sum())}, "
+            f"got {leaf_values_LR.shape}"
+        )
+    value = np.zeros((len(plan), leaf_values_LR.shape[1]))
+    value[plan.leaf] = leaf_values_LR
+    weight = np.ones(len(plan)) if weight_M is None else weight_M
+    for lo, hi in plan.levels()[:0:-1]:
+        np.add.at(value, plan.parent[lo:hi], weight[lo:hi, None] * value[lo:hi])
+    return value
+
+
+def mean_weight(
+    plan: Plan, log_prob_M: Floats | None = None, *, beta: float = 0.0, local: bool = False
+) -> Floats:
+    """Returns (M,) weights that make `lift` a mean over the leaves below: siblings sum to 1.
+
+    beta = 0: uniform over leaves (unbiased). Otherwise a softmax of beta * log-probability: over
+    the paths to all leaves below (the paper's eq. 3; not unbiased, early edges count in every
+    mean), or over the siblings' own edges only (`local`, the released code).
+
+    Args:
+        plan: the trees.
+        log_prob_M: (M,) log-probability of every edge, 0 on deterministic ones; needed if beta > 0.
+            Its scale is the caller's: mean or sum over latent elements change what beta means.
+        beta: inverse temperature; BranchGRPO's paper uses 1, its script 0.
+        local: softmax over the immediate children instead of the paths.
+
+    Source: BranchGRPO eq. 3 and `tree_prob_weighted`.
+    """
+    inner = plan.leaf & (plan.leaves_below > 1)
+    if inner.any():
+        raise ValueError(
+            f"mean_weight: leaves must have no leaf below them, got row {int(np.argmax(inner))}; "
+            "try lift with weights of your own"
+        )
+    if beta and log_prob_M is None:
+        raise ValueError("mean_weight: log_prob_M must be given when beta is not 0, got None")
+    edge = beta * log_prob_M if beta and log_prob_M is not None else np.zeros(len(plan))
+    with np.errstate(divide="ignore"):
+        mass = np.log(plan.leaf.astype(np.float64))
+    weight = np.ones(len(plan))
+    dead = plan.leaves_below == 0
+    for lo, hi in plan.levels()[:0:-1]:
+        up = plan.parent[lo:hi]
+        logit = np.where(
+            dead[lo:hi], -np.inf, edge[lo:hi] + (0.0 if local and beta else mass[lo:hi])
+        )
+        total = mass.copy()
+        np.logaddexp.at(total, up, logit)
+        mass[up] = total[up]
+        weight[lo:hi] = np.where(dead[lo:hi], 0.0, np.exp(logit - total[up]))
+    return weight
+
+
+def edge_values(plan: Plan, node_values_MR: Floats) -> Floats:
+    """Returns (M, R) edge values: of the child, or of the parent on matching edges (b = 0)."""
+    matching = (plan.row[:, 1] == 0.0) & (plan.parent >= 0)
+    source = np.where(matching, plan.parent, np.arange(len(plan)))
+    return node_values_MR[source]
+
+
+def split_sign(
+    advantage_MR: Floats, reward_weight_R: Floats, *, clip: float = 5.0, separate: bool = False
+) -> Floats:
+    """Combines the rewards into (M, 2) non-negative columns (A+, A-).
+
+    The objective is `-A+ min(r, clip r) + A- max(r, clip r)`; separate clipped losses per reward
+    collapse into it exactly with A+ = sum_r w_r max(A_r, 0).
+
+    Args:
+        advantage_MR: (M, R).
+        reward_weight_R: (R,) weights, >= 0.
+        clip: bound on |advantage|; 5 in DanceGRPO, Flow-GRPO and BranchGRPO.
+        separate: one loss per reward with the same ratio (DanceGRPO's multi-reward scripts) instead
+            of one loss of the weighted sum.
+    """
+    weight = np.asarray(reward_weight_R, dtype=np.float64)
+    if weight.shape != (advantage_MR.shape[1],) or (weight < 0).any():
+        raise ValueError(
+            f"split_sign: reward_weight_R must be (R,) >= 0 with R={advantage_MR.shape[1]}, "
+            f"got {weight}"
+        )
+    if separate:
+        parts, scale = np.clip(advantage_MR, -clip, clip), weight
+    else:
+        parts, scale = np.clip(advantage_MR @ weight, -clip, clip)[:, None], np.ones(1)
+    return np.stack([np.maximum(parts, 0.0) @ scale, np.maximum(-parts, 0.0) @ scale], axis=1)

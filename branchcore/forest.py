@@ -1,0 +1,96 @@
+"""What a rollout leaves behind: kept states, noise names, velocities, tape.
+
+Letters: M rows of the plan, D latent elements, S kept states, L leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from branchcore.noise import LATENT, Noise
+from branchcore.plan import Ints, Plan
+
+
+@dataclass
+class TapePart:
+    """Velocities of some nodes, still attached to the graph that made them."""
+
+    nodes: Ints
+    """(n,) rows of the plan."""
+    velocity: Tensor
+    """(n, D) with its graph."""
+
+
+@dataclass(kw_only=True)
+class Forest:
+    """A plan and what its rollout kept: states of leaves and trained nodes, velocities, tape."""
+
+    plan: Plan
+    sigma: Tensor
+    """(M,) noise levels on the device, dtype of the states."""
+    prompt: Tensor
+    """(M,) int64 prompt indices on the device."""
+    noise: Noise
+    """Noise of all M edges: replayed by the objective, never stored."""
+    x: Tensor
+    """(S, D) kept states."""
+    slot: Ints
+    """(M,) row in `x`, -1 where the state was not kept."""
+    log_prob: Tensor
+    """(M,) log-probability of every edge, nats per latent element; 0 on deterministic ones."""
+    velocity: Tensor | None
+    """(S, D) rollout velocities in the slots of trained nodes; kept for updates after the first."""
+    tape: list[TapePart] = field(default_factory=list[TapePart])
+    calls: int = 0
+    """Model calls of the rollout."""
+
+    @property
+    def leaves(self) -> Tensor:
+        """(L, D) states of the leaves in the plan's leaf order."""
+        return self.states(np.flatnonzero(self.plan.leaf))
+
+    def states(self, nodes: Ints) -> Tensor:
+        """Returns (n, D) kept states of nodes."""
+        return self.x[torch.from_numpy(self.slot[nodes]).to(self.x.device)]
+
+
+def edge_noise(
+    plan: Plan, uids: Sequence[int], seed: int, iteration: int, device: torch.device | str
+) -> Noise:
+    """Returns the noise names of all M edges: a pure function of (seed, iteration, uid, stream)."""
+    uid = np.asarray(uids, dtype=np.int64)
+    if uid.shape != (plan.num_prompts,):
+        raise ValueError(f"rollout: uids must be ({plan.num_prompts},), got {uid.shape}")
+    counter = np.concatenate([plan.stream, uid[plan.prompt][:, None]], axis=1).astype(np.int32)
+    return Noise(
+        key=torch.tensor([seed, iteration, LATENT], dtype=torch.int64).to(device),
+        counter=torch.from_numpy(counter).to(device),
+        mix=torch.from_numpy(plan.mix).to(device),
+    )
+
+
+def noise_rows(noise: Noise, lo: int, hi: int) -> Noise:
+    """Returns the noise of rows lo..hi - 1."""
+    return Noise(noise.key, noise.counter[lo:hi], noise.mix[lo:hi])
+
+
+def kept_slots(plan: Plan) -> Ints:
+    """Returns (M,) slots of the states a forest keeps: leaves and trained nodes; -1 elsewhere."""
+    kept = plan.leaf.copy()
+    kept[plan.action[plan.trained()]] = True
+    return np.where(kept, np.cumsum(kept) - 1, -1)
+
+
+def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device | str) -> list[Tensor]:
+    """Copies 1-d arrays, all integer or all float64, to the device at once and returns views."""
+    if not arrays:
+        return []
+    flat = np.concatenate(arrays)
+    flat = flat if flat.dtype == np.float64 else flat.astype(np.int64)
+    return list(torch.from_numpy(flat).to(device).split([len(a) for a in arrays]))

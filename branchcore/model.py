@@ -1,0 +1,77 @@
+"""What the engine asks of a model: a velocity per node, a decoder, a trainable module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class VelocityModel(Protocol):
+    """A flow model whose prompts are encoded: the only thing a rollout and an update call.
+
+    Velocity convention: v = eps - x0 at x_sigma = (1 - sigma) x0 + sigma eps. Rows of one call may
+    have different sigmas and prompts; a row's result must not depend on its neighbours beyond
+    rounding. Guidance and conditioning-time conventions live in the adapter.
+    """
+
+    latent_shape: tuple[int, ...]
+
+    def velocity(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        """Returns the velocity.
+
+        Args:
+            x: (N, *latent_shape) states.
+            sigma: (N,) noise levels, dtype of x.
+            prompt: (N,) int64, index of each row's prompt.
+
+        Returns:
+            (N, *latent_shape), any float dtype; differentiable in the trained parameters.
+        """
+        ...
+
+    def reference_velocity(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        """Returns the frozen base policy's velocity; only called when the objective has a KL."""
+        ...
+
+
+class Model(Protocol):
+    """What the trainer drives."""
+
+    module: torch.nn.Module
+    latent_shape: tuple[int, ...]
+
+    def with_prompts(self, prompts: Sequence[str]) -> VelocityModel:
+        """Returns a view of the model that knows these prompts, each encoded once."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns images (L, ...) of latents (L, *latent_shape) at sigma 0."""
+        ...
+
+
+def call_velocity(
+    model: VelocityModel,
+    x_ND: Tensor,
+    sigma_N: Tensor,
+    prompt_N: Tensor,
+    *,
+    reference: bool = False,
+) -> Tensor:
+    """Calls the model on flat states and returns the flat velocity, (N, D).
+
+    Raises:
+        ValueError: the model returned another shape.
+        TypeError: the model returned something else than a float tensor.
+    """
+    shape = (len(x_ND), *model.latent_shape)
+    call = model.reference_velocity if reference else model.velocity
+    v = call(x_ND.view(shape), sigma_N, prompt_N)
+    if not isinstance(v, Tensor) or not v.is_floating_point():  # pyright: ignore[reportUnnecessaryIsInstance]
+        got = v.dtype if isinstance(v, Tensor) else type(v).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{call.__name__}: result must be a float tensor, got {got}")
+    if tuple(v.shape) != shape:
+        raise ValueError(f"{call.__name__}: result must be {shape}, got {tuple(v.shape)}")
+    return v.reshape(len(x_ND), -1)

@@ -1,0 +1,1 @@
+"""Models: adapters of diffusers transformers, and the embedded digits task."""

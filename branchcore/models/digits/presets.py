@@ -1,0 +1,54 @@
+"""Measured defaults of `python -m branchcore train --model digits`, one per recipe.
+
+T = 10 linear steps, 16 leaves per prompt, AdamW with EMA, KL to the base model; tuned per recipe on
+this task (bench/LOG.md has the runs).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from branchcore.models.digits.rewards import COMPONENT_WEIGHTS
+from branchcore.schedule import shifted_linear
+
+SIGMAS = shifted_linear(10)
+SPLITS = (0, 2, 3, 4)
+
+
+class Preset(NamedTuple):
+    """Options of a recipe and of `TrainerConfig`."""
+
+    recipe: dict[str, Any]
+    trainer: dict[str, Any]
+
+
+_COMMON: dict[str, Any] = {
+    "betas": (0.9, 0.99),
+    "weight_decay": 0.0,
+    "ema_decay": 0.95,
+    "max_batch": 128,
+    "reward_weights": COMPONENT_WEIGHTS,
+}
+_TREE: dict[str, Any] = {"splits": SPLITS, "eta": 0.7, "kl": 0.1}
+
+PRESETS: dict[str, Preset] = {
+    "branch_mix": Preset(
+        {**_TREE, "window": 0},
+        {**_COMMON, "lr": 6e-4, "prompts_per_iteration": 30, "iterations": 160},
+    ),
+    "branchcore": Preset(
+        _TREE, {**_COMMON, "lr": 6e-4, "prompts_per_iteration": 30, "iterations": 160}
+    ),
+    "branch_grpo": Preset(
+        {**_TREE, "kl": 0.03},
+        {**_COMMON, "lr": 8e-4, "prompts_per_iteration": 20, "iterations": 110},
+    ),
+    "dance_grpo": Preset(
+        {"group": 16, "eta": 0.7, "kl": 0.03},
+        {**_COMMON, "lr": 8e-4, "prompts_per_iteration": 12, "iterations": 160},
+    ),
+    "flow_grpo": Preset(
+        {"group": 16, "kl": 0.03, "kl_form": "gaussian"},
+        {**_COMMON, "lr": 8e-4, "prompts_per_iteration": 12, "iterations": 120},
+    ),
+}

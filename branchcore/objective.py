@@ -1,0 +1,265 @@
+"""The clipped-ratio objective: one forward and backward per parent serves all its edges.
+
+With D = v - v_old, p = mean(D eps) per edge and q = mean(D^2) per parent, every published
+likelihood ratio is `exp(lin p - quad q)` and every KL to a reference is a multiple of q(v, v_ref).
+Letters: M rows of the plan, E trained edges, N parents of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from branchcore import ops
+from branchcore.forest import Forest, upload
+from branchcore.model import VelocityModel, call_velocity
+from branchcore.noise import Noise
+from branchcore.plan import Ints, Plan
+from branchcore.prune import MicroBatch, pack_parents
+from branchcore.reference import RatioStats
+
+Floats = NDArray[np.float64]
+Anchor = Literal["auto", "detach", "rollout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Which scalar function of (p, q) is minimised."""
+
+    ratio: Literal["gaussian", "guard", "cps"] = "gaussian"
+    """gaussian: exact mean log-ratio, k p - k^2/2 q with k = b/s (PPO in all trainers); guard:
+    GRPO-Guard's RatioNorm, b p; cps: Flow-CPS without 1/(2 s^2), 2 s b p - b^2 q."""
+    clip: tuple[float, float] = (1e-4, 1e-4)
+    """Ratio is clipped to [1 - low, 1 + high]; published 1e-4 (Dance, Flow), 1e-3 (Branch)."""
+    kl: float = 0.0
+    """Weight of the KL to the reference policy, per trained edge; 0 = no reference forward."""
+    kl_form: Literal["gaussian", "flow_grpo", "velocity"] = "gaussian"
+    """gaussian: b^2/(2 s^2) q, the KL of the two steps per latent element; flow_grpo: that times
+    dt, as its released code divides by g^2; velocity: q itself."""
+
+    def __post_init__(self) -> None:
+        if self.ratio not in ("gaussian", "guard", "cps"):
+            raise ValueError(f"Objective: ratio must be gaussian, guard or cps, got {self.ratio!r}")
+        if self.kl_form not in ("gaussian", "flow_grpo", "velocity"):
+            raise ValueError(
+                f"Objective: kl_form must be gaussian, flow_grpo or velocity, got {self.kl_form!r}"
+            )
+        if len(self.clip) != 2 or not all(c > 0.0 for c in self.clip):
+            raise ValueError(f"Objective: clip must be two positive numbers, got {self.clip}")
+        if not (self.kl >= 0.0 and math.isfinite(self.kl)):
+            raise ValueError(f"Objective: kl must be finite and >= 0, got {self.kl}")
+
+    def exponent(self, row_E4: Floats) -> Floats:
+        """Returns (E, 2) float64 (lin, quad) of the log ratio `lin p - quad q`."""
+        b, s = row_E4[:, 1], row_E4[:, 3]
+        if self.ratio == "guard":
+            return np.stack([b, np.zeros_like(b)], axis=1)
+        if self.ratio == "cps":
+            return np.stack([2.0 * s * b, b**2], axis=1)
+        return np.stack([b / s, (b / s) ** 2 / 2.0], axis=1)
+
+    def kl_factor(self, row_E4: Floats, dt_E: Floats) -> Floats:
+        """Returns (E,) factors of q(v, v_ref), `kl` included."""
+        b, s = row_E4[:, 1], row_E4[:, 3]
+        form = {
+            "gaussian": b**2 / (2.0 * s**2),
+            "flow_grpo": b**2 * dt_E / (2.0 * s**2),
+            "velocity": np.ones_like(b),
+        }[self.kl_form]
+        return self.kl * form
+
+
+class Statistics(NamedTuple):
+    """Sums over the edges of an update: 0-d tensors on the device; `parents` is a host count."""
+
+    loss: Tensor
+    """Objective with its KL, already divided by the planned edges."""
+    kl: Tensor
+    """The KL term of `loss`."""
+    ratio: RatioStats
+    parents: int
+    """Forward and backward passes."""
+
+    def plus(self, other: Statistics) -> Statistics:
+        """Returns the statistics of both sets of edges."""
+        ratio = RatioStats(*(a + b for a, b in zip(self.ratio, other.ratio, strict=True)))
+        largest = torch.maximum(self.ratio.max_abs_dev, other.ratio.max_abs_dev)
+        return Statistics(
+            self.loss + other.loss,
+            self.kl + other.kl,
+            ratio._replace(max_abs_dev=largest),
+            self.parents + other.parents,
+        )
+
+    @staticmethod
+    def zero(device: torch.device) -> Statistics:
+        """Returns the statistics of no edges."""
+        zero = torch.zeros((), device=device)
+        return Statistics(zero, zero, RatioStats(*(zero for _ in RatioStats._fields)), 0)
+
+
+def live_edges(
+    plan: Plan, advantage_M2: Floats, weight_M: Floats, objective: Objective, update: int
+) -> Ints:
+    """Returns the trained edges of an update that can matter: weight, and advantage or KL, not 0.
+
+    Raises:
+        NotImplementedError: a trained edge has b = 0, whose ratio is not about the edge's noise.
+    """
+    edges = plan.trained(update)
+    if (plan.row[edges, 1] == 0.0).any():
+        raise NotImplementedError("gradient: trained edges with b = 0 need a matching objective")
+    matters = advantage_M2[edges].any(1) | (objective.kl > 0.0)
+    return edges[matters & (weight_M[edges] != 0.0)]
+
+
+def gradient(
+    forest: Forest,
+    model: VelocityModel,
+    advantage_M2: Floats,
+    weight_M: Floats,
+    objective: Objective,
+    *,
+    update: int = 0,
+    anchor: Anchor = "auto",
+    max_batch: int | None = None,
+    num_planned: int | None = None,
+) -> Statistics:
+    """Adds the objective's gradient of one optimizer update to the model's parameters.
+
+    loss = sum over edges of weight * (-A+ min(r, clip r) + A- max(r, clip r) + KL) / num_planned.
+
+    Args:
+        forest: of `rollout`; its tape serves update 0 and is emptied by it.
+        model: the same prompts as in the rollout.
+        advantage_M2: (M, 2) float64 (A+, A-) of `credit.split_sign`.
+        weight_M: (M,) float64 edge weights of `prune`; 0 costs nothing.
+        objective: ratio, clip and KL.
+        update: which of the plan's updates.
+        anchor: v_old of nodes that are not on the tape: "detach" takes the new velocity itself
+            (ratio exactly 1; right before any update), "rollout" the stored one; "auto" is detach
+            for update 0 and rollout later.
+        max_batch: parents of a model call at most.
+        num_planned: the normaliser; None = planned trained edges of this update in this plan.
+            Over several rounds or ranks: their sum.
+
+    Returns:
+        Statistics on the device; reading them is the caller's sync.
+    """
+    plan = forest.plan
+    if anchor == "auto":
+        anchor = "detach" if update == 0 else "rollout"
+    if anchor == "detach" and update > 0:
+        raise ValueError(f"gradient: anchor must be 'rollout' after an update, got update {update}")
+    if anchor == "rollout" and forest.velocity is None:
+        raise ValueError(
+            "gradient: anchor 'rollout' needs stored velocities, got none; "
+            "try rollout(keep_velocity=True)"
+        )
+    edges = live_edges(plan, advantage_M2, weight_M, objective, update)
+    planned = len(plan.trained(update)) if num_planned is None else num_planned
+    tape = [part.velocity for part in forest.tape] if update == 0 else []
+    parts = [part.nodes for part in forest.tape] if update == 0 else []
+    batches = pack_parents(plan, edges, max_batch, parts)
+    terms = _terms(forest, batches, advantage_M2, weight_M / max(planned, 1), objective)
+    total = Statistics.zero(forest.x.device)
+    for batch, term in zip(batches, terms, strict=True):
+        on_tape = batch.part >= 0
+        v = tape[batch.part][term.local] if on_tape else _velocity(forest, model, term)
+        stored = None if anchor == "detach" or on_tape else forest.velocity
+        v_old = None if stored is None else stored[term.slots]
+        total = total.plus(_backward(forest, model, term, v, v_old, objective))
+    if update == 0:
+        forest.tape.clear()
+    return total
+
+
+class _Terms(NamedTuple):
+    """Device tensors of one micro-batch, N parents and E edges."""
+
+    rows: Tensor
+    slots: Tensor
+    local: Tensor
+    child_start: Tensor
+    noise: Noise
+    exponent: Tensor
+    advantage: Tensor
+    weight: Tensor
+    kl: Tensor
+
+
+def _terms(
+    forest: Forest,
+    batches: list[MicroBatch],
+    advantage_M2: Floats,
+    weight_M: Floats,
+    objective: Objective,
+) -> list[_Terms]:
+    """Uploads what all micro-batches need: one transfer of indices, one of floats."""
+    plan, device = forest.plan, forest.x.device
+    arrays: list[Ints] = []
+    floats: list[Floats] = []
+    for batch in batches:
+        nodes, edges, start = batch[:3]
+        arrays += [nodes, forest.slot[nodes], batch.local, start, edges]
+        row, dt = plan.row[edges], plan.sigma[plan.parent[edges]] - plan.sigma[edges]
+        kl_N = np.zeros(len(nodes))
+        owner = np.repeat(np.arange(len(nodes)), np.diff(start))
+        np.add.at(kl_N, owner, weight_M[edges] * objective.kl_factor(row, dt))
+        exponent, advantage = objective.exponent(row), advantage_M2[edges]
+        floats += [exponent.ravel(), advantage.ravel(), weight_M[edges], kl_N]
+    index, number = iter(upload(arrays, device)), iter(upload(floats, device))
+    terms: list[_Terms] = []
+    for _ in batches:
+        rows, slots, local, start, edges = (next(index) for _ in range(5))
+        exponent, advantage, weight, kl = (next(number) for _ in range(4))
+        noise = Noise(forest.noise.key, forest.noise.counter[edges], forest.noise.mix[edges])
+        terms.append(
+            _Terms(
+                rows,
+                slots,
+                local,
+                start,
+                noise,
+                exponent.view(-1, 2),
+                advantage.view(-1, 2),
+                weight,
+                kl.to(forest.x.dtype),
+            )
+        )
+    return terms
+
+
+def _velocity(
+    forest: Forest, model: VelocityModel, term: _Terms, *, reference: bool = False
+) -> Tensor:
+    sigma, prompt = forest.sigma[term.rows], forest.prompt[term.rows]
+    return call_velocity(model, forest.x[term.slots], sigma, prompt, reference=reference)
+
+
+def _backward(
+    forest: Forest,
+    model: VelocityModel,
+    term: _Terms,
+    v: Tensor,
+    v_old: Tensor | None,
+    objective: Objective,
+) -> Statistics:
+    p_E, q_N = ops.edge_dots(v, v_old, term.child_start, term.noise)
+    loss, stats = ops.ratio_loss(
+        p_E, q_N, term.child_start, term.exponent, term.advantage, term.weight, objective.clip
+    )
+    kl = torch.zeros_like(loss)
+    if objective.kl > 0.0:
+        with torch.no_grad():
+            v_ref = _velocity(forest, model, term, reference=True)
+        kl = (term.kl * ops.edge_dots(v, v_ref).q_N).sum()
+    total = loss + kl
+    total.backward()
+    return Statistics(total.detach(), kl.detach(), stats, parents=len(term.rows))

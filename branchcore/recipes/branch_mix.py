@@ -1,0 +1,63 @@
+"""BranchGRPO-Mix (arXiv 2509.06040, sec. 3): SDE at splits and in a window of steps, ODE elsewhere.
+
+Only stochastic steps are trained. As released, step i is in the window iff i mod stride < window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from branchcore.objective import Objective
+from branchcore.recipes.branching import check_splits, depth_credit, grow_branching, scaled_splits
+from branchcore.recipes.recipe import Recipe, check_sigmas
+from branchcore.steps import dance_sde
+from branchcore.tree import Tree
+
+
+def branch_mix(
+    sigmas: Sequence[float],
+    *,
+    splits: Sequence[int] | str = "dense",
+    branching: int | Sequence[int] = 2,
+    window: int = 4,
+    stride: int = 30,
+    eta: float = 0.3,
+    correlate: float | None = 4.0,
+    clip: float = 1e-3,
+    kl: float = 0.0,
+) -> Recipe:
+    """Builds BranchGRPO-Mix; defaults are the FLUX script's but for one update per iteration.
+
+    Args:
+        sigmas: (T + 1,) schedule; FLUX: shifted_linear(20, 3).
+        splits: split steps, or a density for `scaled_splits`.
+        branching: children per split.
+        window: stochastic steps at the start of every stride; 0 = splits only.
+        stride: period of the window over the steps.
+        eta: diffusion of the SDE.
+        correlate: s of the sibling noise mixture; None = independent.
+        clip: PPO clip range.
+        kl: weight of the KL to the base model.
+    """
+    sg = check_sigmas("branch_mix", sigmas)
+    if window < 0 or stride < 1:
+        raise ValueError(
+            f"branch_mix: window must be >= 0 and stride >= 1, got {window} and {stride}"
+        )
+    steps = len(sg) - 2
+    chosen = scaled_splits(splits, len(sg) - 1) if isinstance(splits, str) else tuple(splits)
+    children = check_splits("branch_mix", chosen, branching, steps)
+    sde_steps = {i for i in range(steps) if i in children or i % stride < window}
+    sde = dance_sde(eta)
+
+    def grow(t: Tree, _iteration: int, _rng: np.random.Generator) -> None:
+        grow_branching(t, sg, children, sde_steps, sde, correlate=correlate, amplify=None)
+
+    return Recipe(
+        name="branch_mix",
+        grow=grow,
+        credit=depth_credit(),
+        objective=Objective(clip=(clip, clip), kl=kl),
+    )

@@ -1,0 +1,53 @@
+"""branchcore's own recipe: SDE and training only at splits, Euler elsewhere, the prefix shared.
+
+Every stochastic edge has siblings, so every trained parent serves K edges with one backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from branchcore.objective import Objective
+from branchcore.recipes.branching import check_splits, depth_credit, grow_branching, scaled_splits
+from branchcore.recipes.recipe import Recipe, check_sigmas
+from branchcore.steps import dance_sde
+from branchcore.tree import Tree
+
+
+def branchcore(
+    sigmas: Sequence[float],
+    *,
+    splits: Sequence[int] | str = "dense",
+    branching: int | Sequence[int] = 2,
+    eta: float = 0.7,
+    correlate: float | None = 4.0,
+    clip: float = 1e-3,
+    kl: float = 0.0,
+) -> Recipe:
+    """Builds the recipe; its options are those of `branch_mix` without a window.
+
+    Args:
+        sigmas: (T + 1,) schedule.
+        splits: split steps, or a density for `scaled_splits`.
+        branching: children per split.
+        eta: diffusion of the SDE; larger than BranchGRPO's since few steps draw noise.
+        correlate: s of the sibling noise mixture; None = independent.
+        clip: PPO clip range.
+        kl: weight of the KL to the base model.
+    """
+    sg = check_sigmas("branchcore", sigmas)
+    chosen = scaled_splits(splits, len(sg) - 1) if isinstance(splits, str) else tuple(splits)
+    children = check_splits("branchcore", chosen, branching, len(sg) - 2)
+    sde = dance_sde(eta)
+
+    def grow(t: Tree, _iteration: int, _rng: np.random.Generator) -> None:
+        grow_branching(t, sg, children, children, sde, correlate=correlate, amplify=None)
+
+    return Recipe(
+        name="branchcore",
+        grow=grow,
+        credit=depth_credit(),
+        objective=Objective(clip=(clip, clip), kl=kl),
+    )

@@ -1,0 +1,231 @@
+"""Runs a plan: wave by wave, every node evaluated once, all children of a wave in one launch.
+
+Letters: M rows of the plan, N nodes of a wave, D latent elements, S kept states. Nothing in the
+loop reads a value from the device; finiteness is checked once, after the last wave.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from branchcore import ops
+from branchcore.forest import Forest, TapePart, edge_noise, kept_slots, noise_rows, upload
+from branchcore.model import VelocityModel, call_velocity
+from branchcore.noise import Noise
+from branchcore.plan import Ints, Plan
+from branchcore.prune import balanced_chunks
+
+
+def rollout(
+    plan: Plan,
+    model: VelocityModel,
+    uids: Sequence[int],
+    *,
+    seed: int,
+    iteration: int = 0,
+    tape: int = 0,
+    max_batch: int | None = None,
+    keep_velocity: bool | None = None,
+    given: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Forest:
+    """Grows all trees of a plan.
+
+    Args:
+        plan: trees of all prompts of the call.
+        model: its prompts are the plan's prompts.
+        uids: (num_prompts,) global sample positions; noise depends on nothing else of a prompt.
+        seed: of the run.
+        iteration: of the run.
+        tape: how many trained nodes of the first update keep their graph; their training forward
+            is then this one. The first in plan order.
+        max_batch: rows of a model call at most; None = a whole wave.
+        keep_velocity: store the velocities of trained nodes as v_old; None = if the plan has later
+            updates, which need them.
+        given: (num_given, D) states of `Tree.given` roots, prompt by prompt in plan order.
+        dtype: of the states; float32 (bf16 rounding would move the ratio), float64 in tests.
+        device: where the model lives.
+
+    Returns:
+        Forest; its noise is identical for any max_batch, prompt order and number of processes.
+
+    Raises:
+        ValueError: uids, given states or the model's result have the wrong shape.
+        FloatingPointError: a velocity is NaN or Inf; names node, sigma and prompt.
+    """
+    keep_velocity = plan.num_updates > 1 if keep_velocity is None else keep_velocity
+    on_tape = np.zeros(len(plan), dtype=bool)
+    on_tape[np.unique(plan.action[plan.trained(0)])[:tape]] = True
+    waves = _waves(plan, on_tape, max_batch, device)
+    noise = edge_noise(plan, uids, seed, iteration, device)
+    run = _Run(plan, model, noise, keep_velocity, dtype, device)
+    x, h = run.root_states(given), None
+    for wave in waves:
+        if len(wave.kept):
+            run.forest.x[wave.kept_slots] = x[wave.kept]
+        v = run.evaluate(wave, x)
+        x, h = run.grow(wave, x, v, h)
+    run.check_finite()
+    return run.forest
+
+
+class _Chunk(NamedTuple):
+    """One model call: some nodes of a wave, all on the tape or none."""
+
+    nodes: Ints
+    taped: bool
+    rows: Tensor
+    local: Tensor
+    kept: Tensor
+    kept_slots: Tensor
+
+
+class _Wave(NamedTuple):
+    """One depth level with every index its step needs, already on the device."""
+
+    lo: int
+    hi: int
+    kept: Tensor
+    kept_slots: Tensor
+    chunks: list[_Chunk]
+
+
+def _waves(
+    plan: Plan, on_tape: NDArray[np.bool_], max_batch: int | None, device: torch.device | str
+) -> list[_Wave]:
+    slot = kept_slots(plan)
+    arrays: list[Ints] = []
+    shapes: list[tuple[int, int, list[tuple[Ints, bool]]]] = []
+    for lo, hi in plan.levels():
+        kept = np.flatnonzero(slot[lo:hi] >= 0)
+        arrays += [kept, slot[lo + kept]]
+        calls: list[tuple[Ints, bool]] = []
+        nodes = lo + np.flatnonzero(plan.evaluated[lo:hi])
+        for taped in (False, True):
+            part = nodes[on_tape[nodes] == taped]
+            for first, last in balanced_chunks(len(part), max_batch):
+                chunk = part[first:last]
+                calls.append((chunk, taped))
+                inner = np.flatnonzero(slot[chunk] >= 0)
+                arrays += [chunk, chunk - lo, inner, slot[chunk[inner]]]
+        shapes.append((lo, hi, calls))
+    take = iter(upload(arrays, device)).__next__
+    return [
+        _Wave(
+            lo, hi, take(), take(), [_Chunk(n, t, take(), take(), take(), take()) for n, t in calls]
+        )
+        for lo, hi, calls in shapes
+    ]
+
+
+class _Run:
+    """One rollout's device tables and the forest it fills."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: VelocityModel,
+        noise: Noise,
+        keep_velocity: bool,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.plan, self.model, self.dtype = plan, model, dtype
+        prompt, self.child_start, self.parent = upload(
+            [plan.prompt, plan.child_start, plan.parent], device
+        )
+        self.row = torch.from_numpy(plan.row).to(device)
+        self.num_elements = math.prod(model.latent_shape)
+        slot = kept_slots(plan)
+        x = torch.empty(int(slot.max()) + 1, self.num_elements, dtype=dtype, device=device)
+        self.forest = Forest(
+            plan=plan,
+            sigma=torch.from_numpy(plan.sigma).to(device, dtype),
+            prompt=prompt,
+            noise=noise,
+            x=x,
+            slot=slot,
+            log_prob=torch.zeros(len(plan), dtype=dtype, device=device),
+            velocity=torch.zeros_like(x) if keep_velocity else None,
+        )
+        self.bad: list[tuple[Ints, Tensor]] = []
+
+    def root_states(self, given: Tensor | None) -> Tensor:
+        lo, hi = self.plan.levels()[0]
+        is_given = self.plan.row[lo:hi, 3] == 0.0
+        x = ops.philox_normal(noise_rows(self.forest.noise, lo, hi), self.num_elements, self.dtype)
+        shape = (int(is_given.sum()), self.num_elements) if is_given.any() else None
+        got = None if given is None else tuple(given.shape)
+        if got != shape:
+            raise ValueError(f"rollout: given must be {shape}, got {got}")
+        if given is not None:
+            x[torch.from_numpy(is_given).to(x.device)] = given.to(x)
+        return x
+
+    def evaluate(self, wave: _Wave, x: Tensor) -> Tensor | None:
+        """Returns (N, D) velocities, zero where nobody reads them; None for a wave of leaves."""
+        v: Tensor | None = None
+        for chunk in wave.chunks:
+            out = self._call(chunk, x)
+            if len(chunk.nodes) == wave.hi - wave.lo:
+                return out
+            v = out.new_zeros(wave.hi - wave.lo, self.num_elements) if v is None else v
+            v[chunk.local] = out
+        return v
+
+    def _call(self, chunk: _Chunk, x: Tensor) -> Tensor:
+        forest = self.forest
+        with torch.set_grad_enabled(chunk.taped):
+            sigma, prompt = forest.sigma[chunk.rows], forest.prompt[chunk.rows]
+            out = call_velocity(self.model, x[chunk.local], sigma, prompt)
+        forest.calls += 1
+        if chunk.taped:
+            if not out.requires_grad:
+                raise ValueError(
+                    "rollout: velocity must be differentiable for the tape, got a constant; "
+                    "try tape=0 or unfreeze the module"
+                )
+            forest.tape.append(TapePart(chunk.nodes, out))
+            out = out.detach()
+        self.bad.append((chunk.nodes, ~torch.isfinite(out).all(1)))
+        if forest.velocity is not None:
+            forest.velocity[chunk.kept_slots] = out[chunk.kept].to(self.dtype)
+        return out
+
+    def grow(
+        self, wave: _Wave, x: Tensor, v: Tensor | None, h: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the next level's states, and the x0 predictions of their parents."""
+        start, (lo, hi) = self.plan.child_start, wave[:2]
+        first, last = int(start[lo]), int(start[hi])
+        if first == last:
+            return x[:0], None
+        noise = noise_rows(self.forest.noise, first, last)
+        v = torch.zeros_like(x) if v is None else v
+        row, child_start = self.row[first:last], self.child_start[lo : hi + 1] - first
+        grown = ops.branch_step(x, v, row, child_start, noise, h)
+        self.forest.log_prob[first:last] = grown.log_prob_M
+        x0 = None
+        if self.plan.history[start[first] : start[last]].any():
+            x0 = (x - self.forest.sigma[lo:hi, None] * v)[self.parent[first:last] - lo]
+        return grown.y_MD, x0
+
+    def check_finite(self) -> None:
+        """Raises for the first node whose velocity was not finite: the rollout's only sync."""
+        bad = torch.cat([flags for _, flags in self.bad]).cpu().numpy()
+        if bad.any():
+            nodes = np.concatenate([n for n, _ in self.bad])[bad]
+            i = int(nodes.min())
+            raise FloatingPointError(
+                f"rollout: velocity must be finite, got NaN or Inf at node {i} (depth "
+                f"{self.plan.depth[i]}, sigma {self.plan.sigma[i]:.4g}, prompt "
+                f"{self.plan.prompt[i]}) and {len(nodes) - 1} more"
+            )

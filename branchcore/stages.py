@@ -1,0 +1,133 @@
+"""The stages of one iteration as functions: collect a batch, then take its gradient.
+
+A foreign trainer calls these alone; `trainer.Trainer` is the shortest complete use of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from branchcore.credit import Floats
+from branchcore.forest import Forest
+from branchcore.model import Model, VelocityModel
+from branchcore.noise import host_generator
+from branchcore.objective import Statistics, gradient
+from branchcore.plan import Ints, Plan
+from branchcore.recipes.recipe import Recipe
+from branchcore.rewards import Reward, Scores, component_weights, score
+from branchcore.rollout import rollout
+
+
+class Batch(NamedTuple):
+    """Trees that are grown and scored: all that updates need."""
+
+    forest: Forest
+    model: VelocityModel
+    scores: Scores
+    advantage: Floats
+    """(M, 2) (A+, A-) of every edge."""
+    weight: Floats
+    """(M,) edge weights, 0 = pruned."""
+
+
+def prompt_indices(num_prompts: int, batch: int, *, seed: int, iteration: int) -> Ints:
+    """Returns (batch,) prompt indices of an iteration: endless shuffled epochs, no state.
+
+    Args:
+        num_prompts: in the data set.
+        batch: prompts per iteration.
+        seed: of the run.
+        iteration: 0-based.
+    """
+    if num_prompts < 1 or batch < 1:
+        raise ValueError(
+            f"prompt_indices: num_prompts and batch must be at least 1, got {num_prompts}, {batch}"
+        )
+    first, last = iteration * batch, (iteration + 1) * batch
+    epochs = range(first // num_prompts, (last - 1) // num_prompts + 1)
+    orders = [host_generator(seed, e, 2**32 - 1).permutation(num_prompts) for e in epochs]
+    start = first - epochs[0] * num_prompts
+    return np.concatenate(orders)[start : start + batch]
+
+
+def collect(
+    plan: Plan,
+    model: Model,
+    recipe: Recipe,
+    prompts: Sequence[str],
+    uids: Sequence[int],
+    reward: Reward,
+    *,
+    seed: int,
+    iteration: int,
+    reward_weights: Mapping[str, float] | None = None,
+    tape: int | None = None,
+    max_batch: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Grows and scores the trees of some prompts and turns rewards into edge advantages.
+
+    Args:
+        plan: of `recipe.plan(uids, ...)`.
+        model: the policy.
+        recipe: credit and pruning.
+        prompts: (P,) texts.
+        uids: (P,) global sample positions.
+        reward: scores all leaves at once.
+        seed: of the run.
+        iteration: of the run.
+        reward_weights: per component; None = 1 each.
+        tape: trained nodes that keep their graph; None = all.
+        max_batch: rows per model call, and leaves per decode; None = all at once.
+        device: where the model lives.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: the reward failed.
+        FloatingPointError: the model returned NaN or Inf.
+    """
+    view = model.with_prompts(prompts)
+    forest = rollout(
+        plan,
+        view,
+        uids,
+        seed=seed,
+        iteration=iteration,
+        tape=len(plan) if tape is None else tape,
+        max_batch=max_batch,
+        device=device,
+    )
+    with torch.no_grad():
+        latents = forest.leaves.view(-1, *model.latent_shape)
+        images = torch.cat([model.decode(x) for x in latents.split(max_batch or len(latents))])
+    texts = [prompts[i] for i in plan.prompt[plan.leaf]]
+    scores = score(reward, images, texts)
+    weights = component_weights(scores.names, reward_weights)
+    log_prob = forest.log_prob.double().cpu().numpy()
+    advantage = recipe.credit(plan, scores.values, weights, log_prob)
+    weight = recipe.prune(plan, advantage[:, 0] - advantage[:, 1], iteration + 1)
+    return Batch(forest, view, scores, advantage, weight)
+
+
+def accumulate(
+    batch: Batch,
+    recipe: Recipe,
+    *,
+    update: int = 0,
+    max_batch: int | None = None,
+    num_planned: int | None = None,
+) -> Statistics:
+    """Adds the gradient of one update of a batch to the parameters; see `objective.gradient`."""
+    return gradient(
+        batch.forest,
+        batch.model,
+        batch.advantage,
+        batch.weight,
+        recipe.objective,
+        update=update,
+        max_batch=max_batch,
+        num_planned=num_planned,
+    )

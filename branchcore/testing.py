@@ -1,0 +1,201 @@
+"""Conformance: an op as data, and the check of any implementation against float64.
+
+An implementation passes when its error against the reference in float64 is at most twice what the
+reference itself makes in the same dtype, plus 2 eps(dtype) max|exact|: nobody chooses a tolerance.
+Letters: N parents, M children, E trained edges, D latent elements.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from branchcore.noise import LATENT, Noise
+
+Inputs = dict[str, Any]
+KINDS = ("own", "mixed", "shared", "amplified", "none")
+
+
+class Case(NamedTuple):
+    """One set of inputs: why it is tested, and what the spec's builder is told."""
+
+    reason: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpSpec:
+    """What a test or a benchmark needs to know about an op."""
+
+    name: str
+    op: Callable[..., Any]
+    """The public op, called with the inputs as keywords."""
+    reference: Callable[..., Any]
+    """The specification, called the same way."""
+    build: Callable[..., Inputs]
+    """Makes the inputs of a case from its options. Names carry shape suffixes."""
+    cases: tuple[Case, ...]
+    num_bytes: Callable[[Inputs], int]
+    """Bytes that one forward must at least move."""
+    results: tuple[str, ...] = ()
+    """Names of the results if the op returns a plain tensor."""
+    differentiable: tuple[str, ...] = ()
+    """Inputs with a gradient."""
+    factor: float = 1.0
+    """Widens the bound; the module that sets it says why."""
+
+
+class Outcome(NamedTuple):
+    """The error of one result or gradient, and what it may be."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is a number within the bound."""
+        return self.error <= self.bound
+
+
+def check(spec: OpSpec, inputs: Inputs, run: Callable[..., Any] | None = None) -> list[Outcome]:
+    """Compare a run of the op with the reference in float64, results and gradients.
+
+    Args:
+        spec: the op.
+        inputs: keywords of one case.
+        run: what to check instead of the public op under the implementation now in force.
+    """
+    with poisoned():
+        found = evaluate(spec, run or spec.op, inputs)
+    exact = evaluate(spec, spec.reference, widen(inputs))
+    eager = evaluate(spec, spec.reference, inputs)
+    if found.keys() != exact.keys():
+        raise AssertionError(f"{spec.name}: results must be {list(exact)}, got {list(found)}")
+    return [_outcome(spec, name, found[name], eager[name], exact[name]) for name in exact]
+
+
+def _outcome(spec: OpSpec, name: str, found: Tensor, eager: Tensor, exact: Tensor) -> Outcome:
+    if found.shape != exact.shape or found.dtype != eager.dtype:
+        return Outcome(f"{name}: {found.dtype} {tuple(found.shape)}", float("inf"), 0.0)
+    if exact.numel() == 0:
+        return Outcome(name, 0.0, 0.0)
+    error = (found.double() - exact).abs().max().item()
+    eager_error = (eager.double() - exact).abs().max().item()
+    floor = 2.0 * torch.finfo(found.dtype).eps * exact.abs().max().item()
+    return Outcome(name, error, spec.factor * (2.0 * eager_error + floor))
+
+
+def evaluate(spec: OpSpec, run: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:
+    """Run once and name every result and every gradient, for a fixed cotangent."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in spec.differentiable}
+    results = dict(_named(run(**{**inputs, **leaves}), spec.results))
+    cotangents = {n: normal(r.shape, r.dtype, i) for i, (n, r) in enumerate(results.items())}
+    graded = [name for name, result in results.items() if result.requires_grad]
+    if graded:
+        grads = torch.autograd.grad(
+            [results[name] for name in graded],
+            list(leaves.values()),
+            [cotangents[name] for name in graded],
+        )
+        results |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {name: value.detach() for name, value in results.items()}
+
+
+def _named(result: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    fields = getattr(result, "_fields", names)
+    values = (result,) if isinstance(result, Tensor) else result
+    for name, value in zip(fields, values, strict=True):
+        if isinstance(value, Tensor):
+            yield name, value
+        else:
+            yield from _named(value, ())
+
+
+def widen(inputs: Inputs) -> Inputs:
+    """Turn every float input, and every dtype, into float64."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return torch.float64
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.double() if floating else value
+
+    return {name: wide(value) for name, value in inputs.items()}
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill every new uninitialised tensor with NaN, so that an unwritten element shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def one_row(inputs: Inputs, row: int) -> Inputs:
+    """Cut a call down to one parent and its children, by the shape suffixes of its inputs."""
+    starts = inputs.get("child_start")
+    first, last = (row, row + 1) if starts is None else starts[row : row + 2].tolist()
+
+    def cut(name: str, value: Any) -> Any:
+        axis = name.rpartition("_")[2][:1]
+        if name == "child_start":
+            return None if value is None else torch.tensor([0, last - first])
+        if isinstance(value, Noise):
+            return value._replace(counter=value.counter[first:last], mix=value.mix[first:last])
+        if not isinstance(value, Tensor):
+            return value
+        return value[row : row + 1] if axis == "N" else value[first:last]
+
+    return {name: cut(name, value) for name, value in inputs.items()}
+
+
+def normal(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, strided: bool = False
+) -> Tensor:
+    """Draw test data; the same values in float64 and float32. `strided` is not contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+    if strided:
+        wider = (*shape[:-1], 2 * shape[-1])
+        return torch.randn(wider, generator=generator).to(dtype)[..., ::2]
+    return torch.randn(tuple(shape), generator=generator).to(dtype)
+
+
+def child_starts(counts: Sequence[int]) -> Tensor:
+    """Turn numbers of children into their starts, (N + 1,)."""
+    return torch.tensor([0, *counts]).cumsum(0)
+
+
+def draws(counts: Sequence[int], kinds: Sequence[str] = KINDS) -> Noise:
+    """Name one draw per child, cycling through kinds; siblings share their second stream."""
+    parents = [n for n, count in enumerate(counts) for _ in range(count)]
+    names: list[tuple[int, int, int]] = []
+    mixes: list[tuple[float, float]] = []
+    for child, parent in enumerate(parents):
+        kind = kinds[child % len(kinds)]
+        own = -1 if kind in ("shared", "none") else 100 + child
+        names.append((own, 10 + parent if kind in ("mixed", "shared") else -1, 7 + parent % 2))
+        mixes.append(
+            {"mixed": (0.8, 0.6), "shared": (0.0, 1.0), "amplified": (1.3, 0.0)}.get(
+                kind, (1.0, 0.0)
+            )
+        )
+    return Noise(
+        torch.tensor([2**32 - 5, 3, LATENT]),
+        torch.tensor(names, dtype=torch.int32).reshape(-1, 3),
+        torch.tensor(mixes, dtype=torch.float64).reshape(-1, 2),
+    )
+
+
+def num_bytes(*tensors: Any) -> int:
+    """Add up the bytes of tensors, skipping what is not one."""
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))

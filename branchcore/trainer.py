@@ -1,0 +1,301 @@
+"""The embedded trainer: plan, grow, score, credit, prune, backward, step; resumable bit for bit.
+
+Read `Trainer.step` top to bottom; every stage is a public function of `stages`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from branchcore import checkpoint
+from branchcore.metrics import bar_text, iteration_metrics
+from branchcore.model import Model
+from branchcore.objective import Statistics
+from branchcore.prune import balanced_chunks
+from branchcore.recipes.recipe import Recipe
+from branchcore.rewards import Reward
+from branchcore.run_folder import RunFolder, check_same
+from branchcore.stages import Batch, accumulate, collect, prompt_indices
+
+Metrics = dict[str, Any]
+_FREE_TO_CHANGE = ("iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """One run; everything but its length and its outputs must stay the same on resume."""
+
+    iterations: int
+    """Training iterations in all."""
+    prompts_per_iteration: int
+    """Prompts (trees, or groups of chains) per iteration."""
+    prompts_per_round: int | None = None
+    """Prompts whose tape fits in memory together; None = all."""
+    max_batch: int | None = None
+    """Rows of one model call at most; None = a whole wave."""
+    tape: int | None = None
+    """Trained nodes per round that keep their graph; None = all."""
+    seed: int = 0
+    """Names all noise and all random choices."""
+    lr: float = 1e-5
+    """AdamW learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    weight_decay: float = 1e-4
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient norm is clipped to it."""
+    ema_decay: float | None = None
+    """Exponential moving average of the weights, used for evaluation; None = none."""
+    reward_weights: Mapping[str, float] | None = None
+    """Weight per reward component; None = 1 each."""
+    checkpoint_every: int = 20
+    """Iterations between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept."""
+    evaluate_every: int = 20
+    """Iterations between evaluations."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "iterations",
+            "prompts_per_iteration",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "evaluate_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"TrainerConfig: {name} must be at least 1, got {getattr(self, name)}"
+                )
+        if not (self.lr > 0 and self.max_grad_norm > 0):
+            raise ValueError(
+                "TrainerConfig: lr and max_grad_norm must be positive, "
+                f"got {self.lr} and {self.max_grad_norm}"
+            )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"TrainerConfig: ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+class Trainer:
+    """Trains a flow model with a recipe and writes metrics.jsonl and checkpoints to a folder.
+
+    Args:
+        model: the policy.
+        prompts: data set of prompts.
+        reward: scores decoded leaves.
+        recipe: the method.
+        config: the run.
+        out: folder of the run.
+        evaluate: held-out measures of the model (EMA weights if there are), by name.
+        callbacks: called with every iteration's metrics, after they are logged.
+        facts: what else identifies the run (recipe options, model); must agree on resume.
+        resume: continue the run in `out` from its newest whole checkpoint.
+
+    Raises:
+        ValueError: `out` holds another run, or a checkpoint of another model or recipe.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[str],
+        reward: Reward,
+        recipe: Recipe,
+        config: TrainerConfig,
+        out: str | Path,
+        *,
+        evaluate: Callable[[Model], Mapping[str, float]] | None = None,
+        callbacks: Sequence[Callable[[Metrics], None]] = (),
+        facts: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.model, self.prompts, self.reward = model, list(prompts), reward
+        self.recipe, self.config = recipe, config
+        self.evaluate, self.callbacks = evaluate, callbacks
+        self.parameters = [p for p in model.module.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("Trainer: module must have trainable parameters, got none")
+        self.device = self.parameters[0].device
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        average = None if config.ema_decay is None else get_ema_multi_avg_fn(config.ema_decay)
+        self.ema = AveragedModel(model.module, multi_avg_fn=average) if average else None
+        self.iteration, self.cpu_s = 0, 0.0
+        settings = dataclasses.asdict(config)
+        text = "\n".join(self.prompts).encode()
+        identity = {
+            "recipe": recipe.name,
+            "prompts": {"count": len(self.prompts), "sha256": hashlib.sha256(text).hexdigest()},
+            "config": {k: v for k, v in settings.items() if k not in _FREE_TO_CHANGE},
+            "facts": dict(facts or {}),
+        }
+        self.folder = RunFolder(out, identity, resume=resume)
+        newest = checkpoint.latest(self.folder.path)
+        if newest is not None:
+            self._restore(newest)
+        self.folder.forget_after(self.iteration)
+
+    def run(self) -> None:
+        """Trains to the configured number of iterations."""
+        todo = range(self.iteration, self.config.iterations)
+        if self.iteration == 0 and self.evaluate is not None:
+            self._log({"iteration": 0, **self._evaluation()})
+        with tqdm(todo, initial=self.iteration, total=self.config.iterations, unit="it") as bar:
+            for _ in bar:
+                metrics = self.step()
+                last = self.iteration == self.config.iterations
+                if self.evaluate and (last or self.iteration % self.config.evaluate_every == 0):
+                    metrics |= self._evaluation()
+                self._log(metrics)
+                if last or self.iteration % self.config.checkpoint_every == 0:
+                    self.save()
+                bar.set_postfix_str(bar_text(metrics))
+
+    def step(self) -> Metrics:
+        """Runs one iteration and returns its metrics."""
+        cpu, wall = time.process_time(), time.perf_counter()
+        batches, total = self._first_update()
+        norms = [self._optimizer_step()]
+        for update in range(1, self.recipe.updates):
+            total = total.plus(self._update(batches, update))
+            norms.append(self._optimizer_step())
+        if self.ema is not None:
+            self.ema.update_parameters(self.model.module)
+        self.iteration += 1
+        self.cpu_s += time.process_time() - cpu
+        return {
+            "iteration": self.iteration,
+            **iteration_metrics(batches, total, self.config.reward_weights),
+            "grad_norm": max(float(n) for n in norms),
+            "cpu_s": self.cpu_s,
+            "wall_s": time.perf_counter() - wall,
+        }
+
+    def _first_update(self) -> tuple[list[Batch], Statistics]:
+        """Rolls out, scores and backpropagates round by round, so that one tape lives at a time."""
+        config, seed, iteration = self.config, self.config.seed, self.iteration
+        chosen = prompt_indices(
+            len(self.prompts), config.prompts_per_iteration, seed=seed, iteration=iteration
+        )
+        rounds = balanced_chunks(len(chosen), config.prompts_per_round)
+        uids = np.arange(len(chosen))
+        plans = [
+            self.recipe.plan(uids[lo:hi].tolist(), seed=seed, iteration=iteration)
+            for lo, hi in rounds
+        ]
+        planned = sum(len(p.trained(0)) for p in plans)
+        batches: list[Batch] = []
+        total = Statistics.zero(self.device)
+        for plan, (lo, hi) in zip(plans, rounds, strict=True):
+            batch = collect(
+                plan,
+                self.model,
+                self.recipe,
+                [self.prompts[i] for i in chosen[lo:hi]],
+                uids[lo:hi].tolist(),
+                self.reward,
+                seed=seed,
+                iteration=iteration,
+                reward_weights=config.reward_weights,
+                tape=config.tape,
+                max_batch=config.max_batch,
+                device=self.device,
+            )
+            batches.append(batch)
+            total = total.plus(
+                accumulate(batch, self.recipe, max_batch=config.max_batch, num_planned=planned)
+            )
+        return batches, total
+
+    def _update(self, batches: Sequence[Batch], update: int) -> Statistics:
+        planned = sum(len(b.forest.plan.trained(update)) for b in batches)
+        limits = {"max_batch": self.config.max_batch, "num_planned": planned}
+        total = Statistics.zero(self.device)
+        for batch in batches:
+            total = total.plus(accumulate(batch, self.recipe, update=update, **limits))
+        return total
+
+    def _optimizer_step(self) -> torch.Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"Trainer: gradient norm must be finite, got {float(norm)} at iteration "
+                f"{self.iteration}; no weight was changed"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Puts the EMA weights, if there are any, into the module for the time of the block."""
+        if self.ema is None:
+            yield
+            return
+        pairs = list(zip(self.model.module.parameters(), self.ema.module.parameters(), strict=True))
+        trained = [p.detach().clone() for p, _ in pairs]
+        with torch.no_grad():
+            for p, average in pairs:
+                p.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), value in zip(pairs, trained, strict=True):
+                    p.copy_(value)
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the current iteration and returns its folder."""
+        tensors = {
+            "model": dict(self.model.module.state_dict()),
+            "optimizer": checkpoint.optimizer_tensors(self.optimizer),
+        }
+        if self.ema is not None:
+            tensors["ema"] = dict(self.ema.module.state_dict())
+        state = {**self.folder.identity, "cpu_s": self.cpu_s}
+        keep = self.config.keep_checkpoints
+        return checkpoint.save(self.folder.path, self.iteration, tensors, state, keep)
+
+    def _evaluation(self) -> Metrics:
+        assert self.evaluate is not None
+        with self.averaged():
+            return {f"eval/{k}": float(v) for k, v in self.evaluate(self.model).items()}
+
+    def _log(self, metrics: Metrics) -> None:
+        self.folder.log(metrics)
+        for callback in self.callbacks:
+            callback(metrics)
+
+    def _restore(self, newest: Path) -> None:
+        state = checkpoint.load_state(newest)
+        check_same(newest, state, self.folder.identity)
+        module = self.model.module
+        weights = checkpoint.load_tensors(newest, "model", like=module.state_dict())
+        moments = checkpoint.load_tensors(newest, "optimizer")
+        if self.ema is not None:
+            ema = checkpoint.load_tensors(newest, "ema", like=module.state_dict())
+            self.ema.module.load_state_dict(ema)
+            self.ema.n_averaged.fill_(int(state["iteration"]))
+        module.load_state_dict(weights)
+        checkpoint.load_optimizer(self.optimizer, moments)
+        self.iteration, self.cpu_s = int(state["iteration"]), float(state["cpu_s"])

@@ -1,0 +1,198 @@
+"""Grows the plan of one prompt, step by step; every call takes and returns arrays of node ids.
+
+A recipe writes its tree as literally as its paper says; sharing equal nodes and dropping dead ones
+is `plan()`'s business, not the recipe's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from branchcore.passes import prune_dead, share
+from branchcore.plan import Columns, Ints, Plan, column_names, from_columns
+from branchcore.steps import Step
+
+
+class Tree:
+    """Builder of one prompt's plan: roots, then edges, then leaves.
+
+    >>> t = Tree()
+    >>> x = t.grow(t.roots(1), 0.5, dance_sde(0.3), children=4, train=True)
+    >>> t.leaf(t.grow(x, 0.0, euler))
+    >>> plan = t.plan()
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[Columns] = []
+        self._parent = np.zeros(0, dtype=np.int64)
+        self._sigma = np.zeros(0)
+        self._leaf: dict[int, int] = {}
+        self._streams = 0
+
+    def roots(self, num_roots: int, *, same_noise: bool = False) -> Ints:
+        """Adds root nodes of pure noise at sigma = 1.
+
+        Args:
+            num_roots: how many.
+            same_noise: all from one noise stream; `share` then merges what stays equal.
+
+        Returns:
+            (num_roots,) node ids.
+        """
+        if num_roots < 1:
+            raise ValueError(f"roots: num_roots must be at least 1, got {num_roots}")
+        own = self._new_streams(1).repeat(num_roots) if same_noise else self._new_streams(num_roots)
+        return self._add(np.full(num_roots, -1), 1.0, [(0.0, 0.0, 0.0, 1.0)], own)
+
+    def given(self, num_roots: int, sigma: float) -> Ints:
+        """Adds root nodes whose states the caller hands to `rollout(given=...)`.
+
+        Args:
+            num_roots: how many; node j takes row j of the prompt's given states.
+            sigma: their noise level.
+        """
+        rows = np.arange(num_roots) + sum(
+            int((b["parent"] < 0).sum()) for b in self._blocks if not b["row"].any()
+        )
+        return self._add(np.full(num_roots, -1), sigma, [(0.0, 0.0, 0.0, 0.0)], rows)
+
+    def grow(
+        self,
+        x: ArrayLike,
+        sigma: float,
+        step: Step,
+        *,
+        children: int = 1,
+        correlate: float | None = None,
+        amplify: float | None = None,
+        train: bool | ArrayLike = False,
+        label: int = 0,
+        update: int | ArrayLike = 0,
+    ) -> Ints:
+        """Adds edges from every node of x to new nodes at `sigma`.
+
+        Args:
+            x: (n,) node ids, their noise levels may differ.
+            sigma: noise level of the children.
+            step: the solver; its row decides whether the edge is stochastic.
+            children: per node.
+            correlate: s of the normalised sibling mixture (s own + shared) / sqrt(1 + s^2);
+                siblings then have correlation 1 / (1 + s^2). Source: BranchGRPO sec. 2.1.
+            amplify: c; noise c * own while the row keeps its s, as BranchGRPO's released code
+                samples (its log-prob is that of c = 1).
+            train: one flag or one per child, (n * children,).
+            label: recipe's integer on these edges.
+            update: optimizer update that uses them, one or one per child.
+
+        Returns:
+            (n * children,) ids, siblings contiguous.
+        """
+        x = np.atleast_1d(np.asarray(x, dtype=np.int64))
+        if children < 1:
+            raise ValueError(f"grow: children must be at least 1, got {children}")
+        if correlate is not None and amplify is not None:
+            raise ValueError("grow: correlate and amplify must not be given together")
+        rows = [self._row(int(n), sigma, step) for n in x]
+        parent, row = x.repeat(children), np.reshape(rows, (-1, 4)).repeat(children, 0)
+        noisy = row[:, 3] > 0.0
+        own, shared = np.full(len(parent), -1), np.full(len(parent), -1)
+        own[noisy] = self._new_streams(int(noisy.sum()))
+        mix = np.where(noisy[:, None], (1.0 if amplify is None else float(amplify), 0.0), 0.0)
+        if correlate is not None:
+            if not correlate >= 0.0:
+                raise ValueError(f"grow: correlate must be >= 0, got {correlate}")
+            shared = np.where(noisy, self._new_streams(len(x)).repeat(children), -1)
+            scale = 1.0 / math.sqrt(1.0 + correlate**2)
+            mix = np.where(noisy[:, None], (correlate * scale, scale), 0.0)
+        return self._add(
+            parent, sigma, row, own, shared=shared, mix=mix, train=train, label=label, update=update
+        )
+
+    def chain(
+        self, x: ArrayLike, sigmas: Sequence[float], step: Step, *, train: bool = False
+    ) -> Ints:
+        """Grows x along a list of sigmas, one child a step; an empty list returns x."""
+        x = np.atleast_1d(np.asarray(x, dtype=np.int64))
+        for sigma in sigmas:
+            x = self.grow(x, sigma, step, train=train)
+        return x
+
+    def leaf(self, x: ArrayLike, label: int = 0) -> Ints:
+        """Marks nodes as decoded and scored; returns them."""
+        x = np.atleast_1d(np.asarray(x, dtype=np.int64))
+        self._leaf.update(dict.fromkeys(x.tolist(), label))
+        return x
+
+    def plan(self, *, merge: bool = True, noisy_leaves: bool = False) -> Plan:
+        """Returns the validated plan: sorted, dead nodes dropped, equal nodes merged.
+
+        Args:
+            merge: merge nodes that are equal by construction (`passes.share`).
+            noisy_leaves: allow leaves at sigma > 0.
+
+        Raises:
+            ValueError: the tree cannot run; the message names the first bad row.
+        """
+        if not self._blocks:
+            raise ValueError("plan: the tree must have nodes, got none; try Tree.roots")
+        columns = {n: np.concatenate([b[n] for b in self._blocks]) for n in column_names()}
+        leaves = np.fromiter(self._leaf, dtype=np.int64, count=len(self._leaf))
+        if not len(leaves):
+            raise ValueError("plan: the tree must have leaves, got none; try Tree.leaf")
+        columns["leaf"][leaves] = True
+        columns["label"][leaves] = list(self._leaf.values())
+        plan = prune_dead(from_columns(columns).plan)
+        return (share(plan) if merge else plan).validate(noisy_leaves=noisy_leaves)
+
+    def sigma_of(self, x: ArrayLike) -> NDArray[np.float64]:
+        """Returns the noise levels of nodes."""
+        return self._sigma[np.asarray(x, dtype=np.int64)]
+
+    def _row(self, node: int, sigma: float, step: Step) -> tuple[float, ...]:
+        above = int(self._parent[node])
+        prev_sigma = float(self._sigma[above]) if above >= 0 else None
+        return tuple(step(prev_sigma, float(self._sigma[node]), float(sigma)))
+
+    def _new_streams(self, count: int) -> Ints:
+        self._streams += count
+        return np.arange(self._streams - count, self._streams)
+
+    def _add(
+        self,
+        parent: Ints,
+        sigma: float,
+        row: ArrayLike,
+        own: Ints,
+        *,
+        shared: ArrayLike = -1,
+        mix: ArrayLike | None = None,
+        train: bool | ArrayLike = False,
+        label: int = 0,
+        update: int | ArrayLike = 0,
+    ) -> Ints:
+        n, first = len(parent), len(self._parent)
+        row = np.broadcast_to(np.asarray(row, dtype=np.float64), (n, 4))
+        if mix is None:
+            mix = np.stack([np.where(row[:, 3] > 0, 1.0, 0.0), np.zeros(n)], axis=1)
+        fill = np.broadcast_to
+        self._blocks.append(
+            {
+                "parent": parent,
+                "sigma": np.full(n, float(sigma)),
+                "row": row,
+                "stream": np.stack([own, fill(np.asarray(shared), (n,))], axis=1),
+                "mix": np.asarray(mix),
+                "leaf": np.zeros(n, dtype=bool),
+                "train": fill(np.asarray(train, dtype=bool), (n,)),
+                "prompt": np.zeros(n, dtype=np.int64),
+                "label": np.full(n, label),
+                "update": fill(np.asarray(update), (n,)),
+            }
+        )
+        self._parent = np.append(self._parent, parent)
+        self._sigma = np.append(self._sigma, np.full(n, float(sigma)))
+        return np.arange(first, first + n)

@@ -1,0 +1,88 @@
+"""The command line on the embedded model: train, kill, resume, sample; clear errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("diffusers", reason="the embedded model needs the demo extra")
+pytest.importorskip("sklearn", reason="the embedded model needs the demo extra")
+
+from branchcore.cli import main, settings
+
+FEW = ["--set", "prompts_per_iteration=2", "--set", "checkpoint_every=1"]
+
+
+def command(*words):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "branchcore", *map(str, words)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=os.path.expanduser("~"),
+    )
+
+
+def rows(out):
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("cpu_s", "wall_s")} for row in lines]
+
+
+def test_kill_and_resume_continue_bit_for_bit(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    words = ["train", "--recipe", "branch_mix", "--iterations", 6, *FEW]
+    done = command(*words, "--out", whole)
+    assert done.wait(240) == 0, done.stdout.read()
+    running = command(*words, "--out", cut)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (cut / "checkpoint-000003").exists():
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait(60)
+    rest = command(*words, "--out", cut, "--resume")
+    text = rest.communicate(timeout=240)[0]
+    assert rest.returncode == 0, text
+    assert "resumed after iteration" in text or "wrote" in text
+    assert rows(cut) == rows(whole)
+    for name in ("curves.png", "samples.png", "run.json"):
+        assert (cut / name).stat().st_size > 100
+    picture = tmp_path / "sample.png"
+    words = ["sample", "--weights", str(cut), "--prompt", "a bold upright seven", "--count", "2"]
+    main([*words, "--out", str(picture)])
+    assert picture.stat().st_size > 500
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--recipe", "ppo"], r"recipe must be from .*got 'ppo'"),
+        (["train", "--model", "sdxl"], r"model must be from \('digits',\), got 'sdxl'"),
+        (["train", "--set", "tempo=3"], r"--set must be NAME=VALUE .*got 'tempo=3'"),
+        (["train", "--set", "splits=[0,12]"], r"splits must be distinct steps in 0\.\.8"),
+        (["train", "--iterations", "0"], r"iterations must be at least 1, got 0"),
+        (["sample", "--prompt", "a bold cat"], r"prompt must be .*with unknown words \['cat'\]"),
+        (["sample", "--weights", "/nowhere"], r"weights must be a run, a checkpoint or a file"),
+    ],
+)
+def test_errors_are_one_line(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match=message):
+        main([*words, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_split_between_recipe_and_trainer():
+    options, fields = settings(["kl=0.2", "lr=1e-3", "splits=[0,1]"], "branch_mix")
+    assert (options, fields) == ({"kl": 0.2, "splits": [0, 1]}, {"lr": 1e-3})
+
+
+def test_explain_lists_every_op(capsys):
+    main(["explain"])
+    text = capsys.readouterr().out
+    for op in ("philox_normal", "branch_step", "edge_dots", "ratio_loss", "sde_log_prob"):
+        assert op in text

@@ -1,0 +1,88 @@
+"""The layers of the design: imports point down only, optional packages stay where they belong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "branchcore"
+LAYERS = [
+    {"_C", "kernels"},
+    {"reference", "_check", "_dispatch", "testing", "noise"},
+    {"ops"},
+    {"schedule", "steps", "plan", "_plan_checks", "passes", "tree", "drawing", "credit", "prune"},
+    {"model", "forest", "rollout", "objective"},
+    {"recipes", "rewards", "stages", "metrics", "checkpoint", "run_folder", "trainer", "plots"},
+    {"models", "hosts", "cli", "__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+TOP = {"pyproject.toml", "CMakeLists.txt", "csrc", "branchcore", "kernels", "tests", "bench"}
+
+
+def imported(path):
+    """Yields (module, name) of every import of a file, nested ones included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: import absolutely"
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def own_modules(path):
+    for module, name in imported(path):
+        parts = module.split(".")
+        if parts[0] == "branchcore":
+            yield parts[1] if len(parts) > 1 else name
+
+
+def layer_name(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    name = layer_name(path)
+    assert name in LEVEL, f"{path} has no layer: name it in LAYERS"
+    for other in own_modules(path):
+        assert other in LEVEL, f"{path} imports branchcore.{other}, which has no layer"
+        assert LEVEL[other] <= LEVEL[name], f"{path} imports branchcore.{other} from above"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_optional_packages_stay_in_their_place(path):
+    for module, _ in imported(path):
+        package = module.split(".")[0]
+        assert package != "kernels", "always branchcore.kernels"
+        if package in ("diffusers", "transformers", "peft", "sklearn"):
+            assert layer_name(path) == "models", f"{path} imports {package}"
+        if package == "matplotlib":
+            assert path.stem in ("plots", "pictures"), f"{path} imports matplotlib"
+
+
+def test_an_op_is_one_stem_in_every_folder():
+    ops = {p.stem for p in (PACKAGE / "ops").glob("*.py")} - {"__init__"}
+    assert ops == {"philox_normal", "branch_step", "edge_dots", "ratio_loss", "sde_log_prob"}
+    for folder, suffix in ((PACKAGE / "reference", ".py"), (ROOT / "csrc" / "cpu", ".cpp")):
+        missing = {op for op in ops if not (folder / f"{op}{suffix}").is_file()}
+        assert not missing, f"{folder} lacks {missing}"
+
+
+def test_kernels_is_a_namespace_folder():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_top_level_is_what_the_design_fixes():
+    here = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
+    assert here >= TOP
+    assert here - TOP <= {"README.md", "LICENSE", "build", "dist", "runs", "shared"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_function_calls_exec_or_pickle(path):
+    text = path.read_text()
+    for forbidden in ("import pickle", "torch.load(", "exec(", "eval("):
+        calls = [x for x in text.splitlines() if forbidden in x and ".eval()" not in x]
+        assert not calls, f"{path}: {forbidden}"

@@ -1,0 +1,314 @@
+"""The trainer: exact resume, rounds, updates, EMA, and errors that leave nothing half-done."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from branchcore import checkpoint, recipes, schedule
+from branchcore.rewards import component_weights, score
+from branchcore.stages import prompt_indices
+from branchcore.trainer import Trainer, TrainerConfig
+
+SG = schedule.shifted_linear(6)
+PROMPTS = ["a", "b", "c", "d", "e"]
+CONFIG = TrainerConfig(
+    iterations=5, prompts_per_iteration=3, lr=1e-3, ema_decay=0.9, checkpoint_every=2,
+    evaluate_every=2,
+)  # fmt: skip
+TIMES = ("cpu_s", "wall_s")
+
+
+def reward(images, prompts):
+    shift = torch.tensor([ord(p) for p in prompts]) % 3
+    flat = images.flatten(1)
+    return {"mean": -(flat.mean(1) - 0.2 * shift).abs(), "spread": -flat.std(1)}
+
+
+def mix(**options):
+    return recipes.branch_mix(SG, splits=(0, 1, 3), window=0, eta=0.7, kl=0.05, **options)
+
+
+def run(toy, out, config=CONFIG, recipe=None, resume=False, stop_after=None, the_reward=reward):
+    model = toy(torch.float32)
+
+    def stop(metrics):
+        if metrics["iteration"] == stop_after:
+            raise KeyboardInterrupt
+
+    trainer = Trainer(
+        model, PROMPTS, the_reward, recipe or mix(), config, out,
+        evaluate=lambda m: {"norm": sum(float(p.norm()) for p in m.module.parameters())},
+        callbacks=[stop], resume=resume,
+    )  # fmt: skip
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.run()
+    return trainer
+
+
+def rows(out):
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in lines]
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.module.parameters()])
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
+def test_resume_continues_bit_for_bit(toy, tmp_path, stop_after):
+    whole = run(toy, tmp_path / "whole")
+    run(toy, tmp_path / "cut", stop_after=stop_after)
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 9, "rew')
+    rest = run(toy, tmp_path / "cut", resume=True)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert torch.equal(weights(rest), weights(whole))
+    averaged = [torch.cat([p.flatten() for p in t.ema.module.parameters()]) for t in (rest, whole)]
+    assert torch.equal(*averaged)
+
+
+def test_rows_tell_what_happened(toy, tmp_path):
+    run(toy, tmp_path / "run")
+    logged = rows(tmp_path / "run")
+    assert [r["iteration"] for r in logged] == [0, 1, 2, 3, 4, 5]
+    assert [("eval/norm" in r) for r in logged] == [True, False, True, False, True, True]
+    for row in logged[1:]:
+        assert row["ratio_dev_max"] == 0.0
+        assert row["clip_share"] == 0.0
+        assert row["leaves"] == 3 * 8
+        assert row["reward"] == pytest.approx(row["reward/mean"] + row["reward/spread"])
+        assert 0 <= row["zero_std_share"] <= 1
+    assert logged[1]["kl"] > 0
+    assert checkpoint.latest(tmp_path / "run").name == "checkpoint-000005"
+
+
+@pytest.mark.parametrize("options", [{"prompts_per_round": 1}, {"max_batch": 4}, {"tape": 0}])
+def test_memory_options_change_only_rounding(toy, tmp_path, options):
+    config = dataclasses.replace(CONFIG, iterations=1)
+    whole = run(toy, tmp_path / "whole", config)
+    part = run(toy, tmp_path / "part", dataclasses.replace(config, **options))
+    assert (weights(whole) - weights(part)).abs().max() <= 2e-6
+
+
+def test_several_updates_use_stored_velocities(toy, tmp_path):
+    recipe = recipes.dance_grpo(SG, group=6, eta=0.7, clip=0.2, updates=3)
+    config = dataclasses.replace(CONFIG, iterations=2, lr=1e-2)
+    run(toy, tmp_path / "run", config, recipe)
+    row = rows(tmp_path / "run")[-1]
+    assert row["ratio_dev_max"] > 1e-6
+    assert row["edges"] <= 3 * 6 * 3
+    one = run(toy, tmp_path / "one", config, recipes.dance_grpo(SG, group=6, eta=0.7))
+    assert rows(tmp_path / "one")[-1]["ratio_dev_max"] == 0.0
+    assert int(one.optimizer.state_dict()["state"][0]["step"]) == 2
+
+
+def test_reward_improves(toy, tmp_path):
+    config = dataclasses.replace(CONFIG, iterations=60, lr=5e-3, prompts_per_iteration=5)
+    run(toy, tmp_path / "run", config)
+    reached = [r["reward"] for r in rows(tmp_path / "run")[1:]]
+    assert np.mean(reached[-10:]) > np.mean(reached[:10]) + 0.1
+
+
+def test_averaged_puts_the_weights_back(toy, tmp_path):
+    trainer = run(toy, tmp_path / "run")
+    before = weights(trainer).clone()
+    with trainer.averaged():
+        assert not torch.equal(weights(trainer), before)
+    assert torch.equal(weights(trainer), before)
+
+
+def test_prompts_come_in_shuffled_epochs():
+    drawn = np.concatenate([prompt_indices(5, 3, seed=1, iteration=i) for i in range(10)])
+    for epoch in drawn.reshape(6, 5):
+        assert sorted(epoch) == [0, 1, 2, 3, 4]
+    again = prompt_indices(5, 3, seed=1, iteration=7)
+    np.testing.assert_array_equal(again, drawn[21:24])
+    assert len(prompt_indices(2, 7, seed=0, iteration=1)) == 7
+
+
+def failing(kind):
+    def broken(images, prompts):
+        scores = reward(images, prompts)
+        if kind == "raises":
+            raise KeyError("service is down")
+        if kind == "nan":
+            scores["mean"][3] = float("nan")
+        if kind == "inf":
+            scores["mean"][0] = float("inf")
+        if kind == "count":
+            scores["mean"] = scores["mean"][:-1]
+        if kind == "shape":
+            scores["mean"] = scores["mean"][:, None]
+        if kind == "tensor":
+            return scores["mean"]
+        return {} if kind == "empty" else scores
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (
+            "raises",
+            RuntimeError,
+            "must score 24 images, raised KeyError: 'service is down'",
+        ),
+        ("nan", ValueError, r"reward: mean must be finite, got nan for image 3 \('.'\) and 0 more"),
+        ("inf", ValueError, r"reward: mean must be finite, got inf for image 0"),
+        ("count", ValueError, r"reward: mean must be \(24,\), one per image, got \(23,\)"),
+        ("shape", ValueError, r"reward: mean must be \(24,\), one per image, got \(24, 1\)"),
+        ("tensor", TypeError, "reward: result must be a mapping .*got Tensor"),
+        ("empty", TypeError, "reward: result must be a mapping .*got dict"),
+    ],
+)
+def test_a_broken_reward_stops_before_any_weight_changes(toy, tmp_path, kind, error, message):
+    before = torch.cat([p.detach().flatten() for p in toy(torch.float32).module.parameters()])
+    trainer = Trainer(toy(torch.float32), PROMPTS, failing(kind), mix(), CONFIG, tmp_path / "run")
+    with pytest.raises(error, match=message):
+        trainer.run()
+    assert torch.equal(weights(trainer), before)
+    assert checkpoint.latest(tmp_path / "run") is None
+    assert rows(tmp_path / "run") == []
+
+
+def test_rewards_go_by_leaf_not_by_position():
+    images = torch.arange(3.0)[:, None]
+    scores = score(
+        lambda x, p: {"r": x[:, 0], "len": torch.tensor([len(t) for t in p])},
+        images,
+        ["a", "bb", "c"],
+    )
+    np.testing.assert_array_equal(scores.values, [[0, 1], [1, 2], [2, 1]])
+
+
+@pytest.mark.parametrize(
+    ("weights_of", "message"),
+    [
+        ({"a": 1.0}, r"weights must name the components \['a', 'b'\], got \['a'\]"),
+        ({"a": 1.0, "b": -1.0}, "weights must be >= 0 and not all 0"),
+        ({"a": 0.0, "b": 0.0}, "weights must be >= 0 and not all 0"),
+    ],
+)
+def test_component_weights_are_checked(weights_of, message):
+    with pytest.raises(ValueError, match=message):
+        component_weights(("a", "b"), weights_of)
+    np.testing.assert_array_equal(component_weights(("b", "a"), {"a": 1, "b": 2}), [2, 1])
+
+
+def test_a_folder_with_another_run_is_refused(toy, tmp_path):
+    run(toy, tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    with pytest.raises(ValueError, match=r"out must be a new folder, got .* with another run"):
+        run(toy, tmp_path / "run")
+    with pytest.raises(ValueError, match="must be of a run with the same recipe, got branch_mix"):
+        run(toy, tmp_path / "run", recipe=recipes.flow_grpo(SG, group=4), resume=True)
+    with pytest.raises(ValueError, match="must be of a run with the same config"):
+        run(toy, tmp_path / "run", dataclasses.replace(CONFIG, lr=1.0), resume=True)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    longer = run(toy, tmp_path / "run", dataclasses.replace(CONFIG, iterations=7), resume=True)
+    assert longer.iteration == 7
+
+
+def damage(folder, kind):
+    model, state = folder / "model.safetensors", folder / "state.json"
+    if kind == "cut":
+        model.write_bytes(model.read_bytes()[:200])
+    if kind == "pickle":
+        torch.save({"a": torch.zeros(1)}, model)
+    if kind == "foreign":
+        checkpoint.save_file({"other.weight": torch.zeros(2)}, model)
+    if kind == "shape":
+        tensors = checkpoint.load_tensors(folder, "model")
+        checkpoint.save_file({k: v[:1].contiguous() for k, v in tensors.items()}, model)
+    if kind == "missing":
+        model.unlink()
+    if kind == "state":
+        state.write_text(state.read_text()[:30])
+    if kind == "format":
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"format": "other"}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("cut", "must be whole safetensors"),
+        ("pickle", "must be whole safetensors"),
+        ("foreign", "must hold this model's 4 tensors, got 4 missing .* and 1 foreign"),
+        ("shape", r"0.weight must be \(24, 17\), got \(1, 17\)"),
+        ("missing", "must hold model.safetensors, got no such file"),
+        ("state", "must be JSON, got damaged text"),
+        ("format", "must have format 'branchcore-checkpoint-1', got 'other'"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_clear_error(toy, tmp_path, kind, message):
+    run(toy, tmp_path / "run", dataclasses.replace(CONFIG, iterations=2))
+    damage(checkpoint.latest(tmp_path / "run"), kind)
+    logged = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run(toy, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == logged
+
+
+def test_a_crash_while_saving_leaves_the_last_whole_checkpoint(toy, tmp_path, monkeypatch):
+    trainer = run(toy, tmp_path / "run", dataclasses.replace(CONFIG, iterations=2))
+    calls = []
+
+    def full_disk(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        path.write_bytes(b"x")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    trainer.iteration = 3
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save()
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path / "run").name == "checkpoint-000002"
+    assert run(toy, tmp_path / "run", resume=True).iteration == 5
+
+
+def test_old_checkpoints_go_and_a_new_name_replaces_the_same(toy, tmp_path):
+    trainer = run(toy, tmp_path / "run")
+    names = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-000004", "checkpoint-000005"]
+    trainer.save()
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == names
+    assert not list((tmp_path / "run").glob(".partial*"))
+    shutil.rmtree(tmp_path / "run")
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(toy, tmp_path):
+    trainer = Trainer(toy(torch.float32), PROMPTS, reward, mix(), CONFIG, tmp_path / "run")
+    before = weights(trainer).clone()
+    trainer.parameters[0].register_hook(lambda g: g * float("nan"))
+    with pytest.raises(FloatingPointError, match="norm must be finite, got nan at iteration 0"):
+        trainer.run()
+    assert torch.equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("iterations", 0, "iterations must be at least 1, got 0"),
+        ("lr", 0.0, "lr and max_grad_norm must be positive"),
+        ("ema_decay", 1.0, r"ema_decay must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_config_refuses_bad_values(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_frozen_modules_are_refused(toy, tmp_path):
+    model = toy(torch.float32)
+    model.module.requires_grad_(False)
+    with pytest.raises(ValueError, match="module must have trainable parameters, got none"):
+        Trainer(model, PROMPTS, reward, mix(), CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
