@@ -33,7 +33,7 @@ def check_plan(plan: Plan, noisy_leaves: bool) -> None:
 
 def _check_order(plan: Plan) -> None:
     index, parent = np.arange(len(plan)), plan.parent
-    rises = np.append(True, np.diff(parent) >= 0)
+    rises = np.concatenate([[True], np.diff(parent) >= 0])
     _require(rises, plan, "parents must be sorted", parent)
     _require((parent < index) & (parent >= -1), plan, "parent must be an earlier row or -1", parent)
     inner, up = parent >= 0, np.maximum(parent, 0)
@@ -58,7 +58,7 @@ def _check_rows(plan: Plan) -> None:
         ~inner | (image < _TOLERANCE), plan, "a (1 - sigma_p) - b + c must be 1 - sigma", image
     )
     noise = (a * above + b) ** 2 + s**2 - sigma**2
-    kept = ~inner | (noise > -_TOLERANCE)
+    kept = np.asarray(~inner | (noise > -_TOLERANCE))
     _require(kept, plan, "(a sigma_p + b)^2 + s^2 must be >= sigma^2", noise)
     grand = ~plan.history | (inner & (plan.parent[up] >= 0))
     _require(grand, plan, "c != 0 must have a parent's parent", c)

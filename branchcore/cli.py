@@ -67,12 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, help="PNG to write")
     sample.set_defaults(run=_sample)
 
-    commands.add_parser("explain", help="which kernels run here, and why").set_defaults(
-        run=lambda _args: print(explain())
-    )
+    kernels = commands.add_parser("explain", help="which kernels run here, and why")
+    kernels.set_defaults(run=_explain)
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, default=1, help="CPU threads")
     return parser
+
+
+def _explain(_args: argparse.Namespace) -> None:
+    print(explain())
 
 
 def _task(name: str, **options: Any) -> Any:

@@ -194,6 +194,38 @@ class _Terms(NamedTuple):
     kl: Tensor
 
 
+def log_ratio_floor(
+    forest: Forest, model: VelocityModel, objective: Objective, *, max_batch: int | None = None
+) -> float:
+    """Measures the largest |log ratio| that unchanged weights give against stored velocities.
+
+    Other batch shapes give other bits; a clip range below this floor clips at random. Evaluates
+    one micro-batch of the edges that later updates train, and syncs.
+
+    Args:
+        forest: with stored velocities.
+        model: weights unchanged since the rollout.
+        objective: defines the ratio.
+        max_batch: parents of the micro-batch; None = all.
+    """
+    plan = forest.plan
+    edges = plan.trained()[plan.update[plan.trained()] > 0]
+    if forest.velocity is None or not len(edges):
+        raise ValueError(
+            "log_ratio_floor: forest must have stored velocities and later updates, got none"
+        )
+    batch = pack_parents(plan, edges, max_batch)[0]
+    ones = np.ones((len(plan), 2))
+    (term,) = _terms(forest, [batch], ones, ones[:, 0], objective)
+    with torch.no_grad():
+        v = _velocity(forest, model, term)
+        p_E, q_N = ops.edge_dots(v, forest.velocity[term.slots], term.child_start, term.noise)
+    owner = np.repeat(np.arange(len(batch.nodes)), np.diff(batch.child_start))
+    lin, quad = objective.exponent(plan.row[batch.edges]).T
+    p, q = p_E.double().cpu().numpy(), q_N.double().cpu().numpy()
+    return float(np.abs(lin * p - quad * q[owner]).max())
+
+
 def _terms(
     forest: Forest,
     batches: list[MicroBatch],

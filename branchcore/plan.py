@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from branchcore._plan_checks import check_plan
 
 Ints = NDArray[np.int64]
-Columns = dict[str, NDArray[np.generic]]
+Columns = dict[str, NDArray[Any]]
 _DTYPES = {
     "parent": np.int32,
     "sigma": np.float64,

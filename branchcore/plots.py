@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_PANELS = (
-    ("reward on training noise", ("reward/",), False),
-    ("held-out: right", ("eval/both_right", "eval/stroke_right", "eval/slant_right"), True),
-    ("held-out: guards", ("eval/judge_accuracy", "eval/diversity", "eval/nearest_real"), True),
-    ("ratio and clip", ("ratio_dev_max", "clip_share", "zero_std_share"), False),
-    ("gradient norm and KL", ("grad_norm", "kl"), False),
-    ("CPU seconds", ("cpu_s",), False),
-)
+Rows = Sequence[dict[str, Any]]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -22,8 +16,32 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def panels(rows: Rows) -> dict[str, list[str]]:
+    """Groups the metrics of a run into panels of one scale: title -> metric names."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    rewards = [n for n in names if n.startswith("reward/")]
+    held_out = ["eval/reward", *(n.replace("reward/", "eval/", 1) for n in rewards)]
+    shares = [n for n in names if n.startswith("eval/") and n.endswith("_right")]
+    groups = {
+        "reward, training noise": ["reward", *rewards],
+        "reward, held-out noise": held_out,
+        "held-out: share right": shares,
+    }
+    for name in names:
+        if name.startswith("eval/") and name not in held_out + shares:
+            groups[f"held-out: {_label(name)}"] = [name]
+    groups |= {
+        "clip and zero-std groups": ["clip_share", "zero_std_share"],
+        "ratio deviation": ["ratio_dev_max", "ratio_dev_mean"],
+        "gradient norm": ["grad_norm"],
+        "KL term": ["kl"],
+    }
+    present = {t: [n for n in wanted if n in names] for t, wanted in groups.items()}
+    return {title: wanted for title, wanted in present.items() if wanted}
+
+
 def curves(metrics: Path, out: Path) -> Path:
-    """Draws reward, held-out measures, ratio, gradient and time over iterations.
+    """Draws reward, held-out measures, ratio, gradient and KL over iterations.
 
     Args:
         metrics: metrics.jsonl of a run.
@@ -39,26 +57,27 @@ def curves(metrics: Path, out: Path) -> Path:
             "curves: matplotlib must be installed, got none; try pip install 'branchcore[demo]'"
         ) from error
     rows = read_metrics(metrics)
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    axes = figure.subplots(2, 3)
-    for axis, (title, wanted, dots) in zip(axes.flat, _PANELS, strict=True):
-        for name in _names(rows, wanted):
+    groups = panels(rows)
+    across = math.ceil(math.sqrt(len(groups)))
+    down = math.ceil(len(groups) / across)
+    figure = Figure(figsize=(3.6 * across, 2.7 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flat
+    for axis, (title, names) in zip(axes, groups.items(), strict=False):
+        for name in names:
             points = [(r["iteration"], r[name]) for r in rows if name in r]
-            axis.plot(*zip(*points, strict=True), ".-" if dots else "-", label=_label(name), lw=1.2)
+            style = ".-" if name.startswith("eval/") else "-"
+            axis.plot(*zip(*points, strict=True), style, label=_label(name), lw=1.2)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("iteration", fontsize=8)
+        axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-        if axis.lines:
+        if len(names) > 1:
             axis.legend(fontsize=7)
+    for axis in list(axes):
+        axis.set_visible(False)
+    seconds = max((r["cpu_s"] for r in rows if "cpu_s" in r), default=0.0)
+    figure.suptitle(f"{rows[-1]['iteration']} iterations, {seconds:.0f} CPU seconds", fontsize=11)
     figure.savefig(out, dpi=110)
     return out
-
-
-def _names(rows: Sequence[dict[str, Any]], wanted: Sequence[str]) -> list[str]:
-    known = dict.fromkeys(name for row in rows for name in row)
-    return [
-        n for n in known if n in wanted or any(w[-1] == "/" and n.startswith(w) for w in wanted)
-    ]
 
 
 def _label(name: str) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from branchcore import checkpoint
 from branchcore.metrics import bar_text, iteration_metrics
 from branchcore.model import Model
-from branchcore.objective import Statistics
+from branchcore.objective import Statistics, log_ratio_floor
 from branchcore.prune import balanced_chunks
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
@@ -141,6 +142,7 @@ class Trainer:
         average = None if config.ema_decay is None else get_ema_multi_avg_fn(config.ema_decay)
         self.ema = AveragedModel(model.module, multi_avg_fn=average) if average else None
         self.iteration, self.cpu_s = 0, 0.0
+        self.noise_floor: float | None = None
         settings = dataclasses.asdict(config)
         text = "\n".join(self.prompts).encode()
         identity = {
@@ -187,6 +189,7 @@ class Trainer:
             "iteration": self.iteration,
             **iteration_metrics(batches, total, self.config.reward_weights),
             "grad_norm": max(float(n) for n in norms),
+            **({} if self.noise_floor is None else {"noise_floor": self.noise_floor}),
             "cpu_s": self.cpu_s,
             "wall_s": time.perf_counter() - wall,
         }
@@ -221,11 +224,27 @@ class Trainer:
                 max_batch=config.max_batch,
                 device=self.device,
             )
+            if batch.forest.velocity is not None and self.noise_floor is None:
+                self._measure_noise_floor(batch)
             batches.append(batch)
             total = total.plus(
                 accumulate(batch, self.recipe, max_batch=config.max_batch, num_planned=planned)
             )
         return batches, total
+
+    def _measure_noise_floor(self, batch: Batch) -> None:
+        """Measures |log ratio| of unchanged weights once per run; warns if the clip is below it."""
+        objective = self.recipe.objective
+        self.noise_floor = log_ratio_floor(
+            batch.forest, batch.model, objective, max_batch=self.config.max_batch
+        )
+        if self.noise_floor > min(objective.clip):
+            warnings.warn(
+                f"Trainer: the clip range must exceed the noise floor of the log ratio, got clip "
+                f"{min(objective.clip):g} below {self.noise_floor:.1e} (unchanged weights at "
+                "another batch shape); try a larger clip or updates=1",
+                stacklevel=2,
+            )
 
     def _update(self, batches: Sequence[Batch], update: int) -> Statistics:
         planned = sum(len(b.forest.plan.trained(update)) for b in batches)
@@ -247,7 +266,7 @@ class Trainer:
         return norm
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> Generator[None]:
         """Puts the EMA weights, if there are any, into the module for the time of the block."""
         if self.ema is None:
             yield
@@ -272,7 +291,11 @@ class Trainer:
         }
         if self.ema is not None:
             tensors["ema"] = dict(self.ema.module.state_dict())
-        state = {**self.folder.identity, "cpu_s": self.cpu_s}
+        state = {
+            **self.folder.identity,
+            "cpu_s": self.cpu_s,
+            "noise_floor": self.noise_floor,
+        }
         keep = self.config.keep_checkpoints
         return checkpoint.save(self.folder.path, self.iteration, tensors, state, keep)
 
@@ -299,3 +322,4 @@ class Trainer:
         module.load_state_dict(weights)
         checkpoint.load_optimizer(self.optimizer, moments)
         self.iteration, self.cpu_s = int(state["iteration"]), float(state["cpu_s"])
+        self.noise_floor = state["noise_floor"]

@@ -42,7 +42,7 @@ def run(toy, out, config=CONFIG, recipe=None, resume=False, stop_after=None, the
 
     trainer = Trainer(
         model, PROMPTS, the_reward, recipe or mix(), config, out,
-        evaluate=lambda m: {"norm": sum(float(p.norm()) for p in m.module.parameters())},
+        evaluate=lambda m: {"norm": sum(float(p.detach().norm()) for p in m.module.parameters())},
         callbacks=[stop], resume=resume,
     )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):
@@ -59,13 +59,15 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.module.parameters()])
 
 
+@pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
-def test_resume_continues_bit_for_bit(toy, tmp_path, stop_after):
-    whole = run(toy, tmp_path / "whole")
-    run(toy, tmp_path / "cut", stop_after=stop_after)
+def test_resume_continues_bit_for_bit(toy, tmp_path, stop_after, updates):
+    recipe = mix() if updates == 1 else recipes.dance_grpo(SG, group=4, clip=0.1, updates=updates)
+    whole = run(toy, tmp_path / "whole", recipe=recipe)
+    run(toy, tmp_path / "cut", recipe=recipe, stop_after=stop_after)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 9, "rew')
-    rest = run(toy, tmp_path / "cut", resume=True)
+    rest = run(toy, tmp_path / "cut", recipe=recipe, resume=True)
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert torch.equal(weights(rest), weights(whole))
     averaged = [torch.cat([p.flatten() for p in t.ema.module.parameters()]) for t in (rest, whole)]
@@ -102,9 +104,17 @@ def test_several_updates_use_stored_velocities(toy, tmp_path):
     row = rows(tmp_path / "run")[-1]
     assert row["ratio_dev_max"] > 1e-6
     assert row["edges"] <= 3 * 6 * 3
+    assert 0.0 < row["noise_floor"] < 1e-5
     one = run(toy, tmp_path / "one", config, recipes.dance_grpo(SG, group=6, eta=0.7))
     assert rows(tmp_path / "one")[-1]["ratio_dev_max"] == 0.0
     assert int(one.optimizer.state_dict()["state"][0]["step"]) == 2
+
+
+def test_a_clip_below_the_noise_floor_warns(toy, tmp_path):
+    recipe = recipes.dance_grpo(SG, group=6, clip=1e-12, updates=2)
+    config = dataclasses.replace(CONFIG, iterations=1, max_batch=5)
+    with pytest.warns(UserWarning, match="clip range must exceed the noise floor"):
+        run(toy, tmp_path / "run", config, recipe)
 
 
 def test_reward_improves(toy, tmp_path):

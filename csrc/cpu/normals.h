@@ -43,19 +43,24 @@ struct MultiplyWide {
   }
 };
 
+// All of a draw's name but the block. By value, or the compiler reloads it after every store.
+struct StreamName {
+  uint32_t key0, key1, purpose, stream, uid;
+};
+
 // Words of blocks first, first + 1, ... of one stream into four arrays of num_blocks words. A pair
 // of wide vectors holds the even and the odd blocks, so that joining them restores the order.
-static inline void stream_words(const uint32_t (&key)[3], uint32_t stream, uint32_t uid,
-                                uint32_t first, int64_t num_blocks, uint32_t* words) {
+static inline void stream_words(StreamName name, uint32_t first, int64_t num_blocks,
+                                uint32_t* words) {
   WideLane lane;
   for (int i = 0; i < kWideLanes; ++i) lane[i] = static_cast<uint64_t>(2 * i);
   const WideLane zero = {};
   for (int64_t block = 0; block < num_blocks; block += 2 * kWideLanes) {
     const WideLane start = lane + (first + static_cast<uint32_t>(block));
-    Words<WideLane> even = {start, zero + key[2], zero + stream, zero + uid};
-    Words<WideLane> odd = {start + 1, zero + key[2], zero + stream, zero + uid};
-    even = philox4x32<MultiplyWide>(even, key[0], key[1]);
-    odd = philox4x32<MultiplyWide>(odd, key[0], key[1]);
+    Words<WideLane> even = {start, zero + name.purpose, zero + name.stream, zero + name.uid};
+    Words<WideLane> odd = {start + 1, even.w1, even.w2, even.w3};
+    even = philox4x32<MultiplyWide>(even, name.key0, name.key1);
+    odd = philox4x32<MultiplyWide>(odd, name.key0, name.key1);
     const WideLane joined[4] = {
         (even.w0 & 0xFFFFFFFFu) | odd.w0 << 32, (even.w1 & 0xFFFFFFFFu) | odd.w1 << 32,
         (even.w2 & 0xFFFFFFFFu) | odd.w2 << 32, (even.w3 & 0xFFFFFFFFu) | odd.w3 << 32};
@@ -66,11 +71,11 @@ static inline void stream_words(const uint32_t (&key)[3], uint32_t stream, uint3
 
 // Normals of elements begin .. begin + count of one stream; begin is a multiple of 4. Writes whole
 // groups, so out has room for count rounded up.
-static inline void stream_normals(const uint32_t (&key)[3], uint32_t stream, uint32_t uid,
-                                  int64_t begin, int64_t count, float* __restrict out) {
+static inline void stream_normals(StreamName name, int64_t begin, int64_t count,
+                                  float* __restrict out) {
   alignas(64) uint32_t words[kTile];
   const int64_t num_blocks = (count + kGroup - 1) / kGroup * (kGroup / 4);
-  stream_words(key, stream, uid, static_cast<uint32_t>(begin / 4), num_blocks, words);
+  stream_words(name, static_cast<uint32_t>(begin / 4), num_blocks, words);
   const uint32_t *w0 = words, *w1 = w0 + num_blocks, *w2 = w1 + num_blocks, *w3 = w2 + num_blocks;
   for (int64_t block = 0; block < num_blocks; ++block) {
     const NormalPair first = box_muller(w0[block], w1[block]);

@@ -146,7 +146,8 @@ class NoiseTile {
   static constexpr int32_t kNoStream = -1;
 
   void fill(float* out, int32_t stream, uint32_t uid) {
-    stream_normals(key_, static_cast<uint32_t>(stream), uid, span_.begin, span_.count, out);
+    const StreamName name = {key_[0], key_[1], key_[2], static_cast<uint32_t>(stream), uid};
+    stream_normals(name, span_.begin, span_.count, out);
   }
 
   const float* combine(bool has_own, float mix_own, bool has_shared, float mix_shared) {
