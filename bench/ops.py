@@ -145,11 +145,13 @@ def cases(dtype: torch.dtype) -> list[Timed]:
               lambda: ops.philox_normal(wave.noise, D), randn, y, normals),
         Timed("branch_step", size, step, eager, x + v + y, normals),
         Timed("edge_dots+ratio_loss", f"{size}, off policy, forward and backward",
-              lambda: our_loss(wave, wave.v_old), lambda n: eager_loss(wave, n), 5 * v, 2 * normals),
+              lambda: our_loss(wave, wave.v_old), lambda n: eager_loss(wave, n),
+              5 * v, 2 * normals),
         Timed("edge_dots+ratio_loss", f"{size}, on policy, forward and backward",
               lambda: our_loss(wave, None), lambda n: eager_loss(wave, n), v, normals),
         Timed("sde_log_prob", f"{size}, forward and backward",
-              lambda: our_log_prob(wave), lambda n: eager_log_prob(wave, n), 2 * (x + v + y) + v, 0),
+              lambda: our_log_prob(wave), lambda n: eager_log_prob(wave, n),
+              2 * (x + v + y) + v, 0),
     ]  # fmt: skip
 
 
@@ -217,6 +219,7 @@ def measure(timed: Timed, machine: Machine, rounds: int) -> dict[str, Any]:
         "eager_wave_ms": 1e3 * median(wave),
         "eager_parents_ms": 1e3 * median(parents),
         "ratio": median(ratios),
+        "ratio_wave": median([b / a for a, b in zip(ours, wave, strict=True)]),
         "ratio_p20": median(ratios, 0.2),
         "ratio_p80": median(ratios, 0.8),
         "floor_ms": 1e3 * floor,
@@ -250,7 +253,7 @@ def describe(row: dict[str, Any]) -> str:
     return (
         f"{row['op']:21s} {row['case']:60s} {row['ms']:6.1f} ms; eager {row['eager_wave_ms']:6.1f}"
         f" or {row['eager_parents_ms']:6.1f} ms: {row['ratio']:5.1f}x"
-        f" [{row['ratio_p20']:.1f}, {row['ratio_p80']:.1f}];"
+        f" [{row['ratio_p20']:.1f}, {row['ratio_p80']:.1f}], wave {row['ratio_wave']:.1f}x;"
         f" {100 * row['floor_share']:3.0f} % of the {row['floor_of']} floor"
     )
 

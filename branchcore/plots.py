@@ -62,7 +62,7 @@ def curves(metrics: Path, out: Path) -> Path:
     down = math.ceil(len(groups) / across)
     figure = Figure(figsize=(3.6 * across, 2.7 * down), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).flat
-    for axis, (title, names) in zip(axes, groups.items(), strict=False):
+    for (title, names), axis in zip(groups.items(), axes, strict=False):
         for name in names:
             points = [(r["iteration"], r[name]) for r in rows if name in r]
             style = ".-" if name.startswith("eval/") else "-"

@@ -35,6 +35,20 @@ def shifted_linear(steps: int, shift: float = 1.0) -> NDArray[np.float64]:
     return _shift(np.linspace(1.0, 0.0, steps + 1), shift)
 
 
+def truncated_times(steps: int, shift: float = 3.0) -> NDArray[np.float64]:
+    """Returns the (T,) conditioning times of DanceGRPO's released code, int(1000 sigma) / 1000.
+
+    Its sigmas are fp32, so 0.875 becomes 0.874; an adapter that must reproduce it conditions on
+    these while the steps use `shifted_linear`.
+
+    Source: DanceGRPO `run_sample_step`; BranchGRPO and MixGRPO do the same.
+    """
+    _check("truncated_times", steps, shift)
+    t = np.linspace(1.0, 0.0, steps + 1, dtype=np.float32)
+    sigma = np.float32(shift) * t / (np.float32(1.0) + np.float32(shift - 1.0) * t)
+    return np.floor(np.float32(1000.0) * sigma[:-1]).astype(np.float64) / 1000.0
+
+
 def flow_match_euler(steps: int, shift: float = 3.0) -> NDArray[np.float64]:
     """Returns the sigmas of diffusers' FlowMatchEulerDiscreteScheduler, double shift included.
 

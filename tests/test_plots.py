@@ -7,7 +7,7 @@ import pytest
 from branchcore.plots import curves, panels, read_metrics
 
 ROWS = [
-    {"iteration": 0, "eval/both_right": 0.1, "eval/slant_right": 0.2, "eval/judge": 1.0, "eval/a": -1},
+    {"iteration": 0, "eval/both_right": 0.1, "eval/slant_right": 0.2, "eval/judge": 1, "eval/a": 0},
     {"iteration": 1, "reward": -2.0, "reward/a": -2.0, "kl": 0.0, "grad_norm": 1.0, "cpu_s": 2.5},
 ]  # fmt: skip
 

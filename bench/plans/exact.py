@@ -1,0 +1,51 @@
+"""The same algorithms in the engine: shared prefixes, one backward per parent, batches of any steps.
+
+With `tape` the rollout's graph is kept and training is its backward. These are the public calls of
+`branchcore.collect` and `branchcore.accumulate`, opened up so that each stage is on the clock.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from plans.task import ITERATION, SEED, Clock, Outcome, Task
+
+import branchcore
+
+
+def exact(
+    task: Task, clock: Clock, *, tape: bool = True, anchor: str = "auto", max_batch: int | None = None
+) -> Outcome:
+    recipe = task.recipe
+    with clock("rollout"):
+        plan = task.plan()
+        forest = branchcore.rollout(
+            plan,
+            task.view,
+            task.uids,
+            seed=SEED,
+            iteration=ITERATION,
+            tape=len(plan) if tape else 0,
+            max_batch=max_batch,
+            keep_velocity=anchor == "rollout",
+            dtype=task.dtype,
+            device=task.device,
+        )
+    with clock("decode"), torch.no_grad():
+        images = task.model.decode(forest.leaves.view(-1, *task.view.latent_shape))
+    with clock("reward"):
+        texts = [task.prompts[p] for p in plan.prompt[plan.leaf]]
+        scores = branchcore.score(task.reward, images, texts)
+    with clock("advantage"):
+        log_prob = forest.log_prob.double().cpu().numpy()
+        advantage = recipe.credit(plan, scores.values, np.ones(1), log_prob)
+        weight = recipe.prune(plan, advantage[:, 0] - advantage[:, 1], ITERATION + 1)
+    with clock("train"):
+        stats = branchcore.gradient(
+            forest, task.view, advantage, weight, recipe.objective, anchor=anchor, max_batch=max_batch
+        )
+    task.step(clock)
+    states = {int(n): forest.x[forest.slot[n]] for n in np.flatnonzero(forest.slot >= 0)}
+    signed = np.where(plan.train, advantage[:, 0] - advantage[:, 1], np.nan)
+    return Outcome(plan, states, signed, float(stats.ratio.max_abs_dev), int(stats.ratio.edges))
