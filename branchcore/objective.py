@@ -162,6 +162,7 @@ def gradient(
             "gradient: anchor 'rollout' needs stored velocities, got none; "
             "try rollout(keep_velocity=True)"
         )
+    _check_edges(plan, advantage_M2, weight_M)
     edges = live_edges(plan, advantage_M2, weight_M, objective, update)
     planned = len(plan.trained(update)) if num_planned is None else num_planned
     tape = [part.velocity for part in forest.tape] if update == 0 else []
@@ -178,6 +179,20 @@ def gradient(
     if update == 0:
         forest.tape.clear()
     return total
+
+
+def _check_edges(plan: Plan, advantage_M2: Floats, weight_M: Floats) -> None:
+    for name, value, shape in (
+        ("advantage_M2", advantage_M2, (len(plan), 2)),
+        ("weight_M", weight_M, (len(plan),)),
+    ):
+        if value.shape != shape:
+            raise ValueError(f"gradient: {name} must be {shape}, got {value.shape}")
+        if not (np.isfinite(value).all() and (value >= 0.0).all()):
+            bad = int(np.argmin(np.isfinite(value) & (value >= 0.0)))
+            raise ValueError(
+                f"gradient: {name} must be finite and >= 0, got {value.flat[bad]} at {bad}"
+            )
 
 
 class _Terms(NamedTuple):

@@ -9,18 +9,18 @@ import dataclasses
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from branchcore import checkpoint
+from branchcore.ema import Ema
 from branchcore.metrics import bar_text, iteration_metrics
 from branchcore.model import Model
 from branchcore.objective import Statistics, log_ratio_floor
@@ -139,8 +139,7 @@ class Trainer:
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-        average = None if config.ema_decay is None else get_ema_multi_avg_fn(config.ema_decay)
-        self.ema = AveragedModel(model.module, multi_avg_fn=average) if average else None
+        self.ema = None if config.ema_decay is None else Ema(model.module, config.ema_decay)
         self.iteration, self.cpu_s = 0, 0.0
         self.noise_floor: float | None = None
         settings = dataclasses.asdict(config)
@@ -182,7 +181,7 @@ class Trainer:
             total = total.plus(self._update(batches, update))
             norms.append(self._optimizer_step())
         if self.ema is not None:
-            self.ema.update_parameters(self.model.module)
+            self.ema.update()
         self.iteration += 1
         self.cpu_s += time.process_time() - cpu
         return {
@@ -265,23 +264,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    @contextmanager
-    def averaged(self) -> Generator[None]:
-        """Puts the EMA weights, if there are any, into the module for the time of the block."""
-        if self.ema is None:
-            yield
-            return
-        pairs = list(zip(self.model.module.parameters(), self.ema.module.parameters(), strict=True))
-        trained = [p.detach().clone() for p, _ in pairs]
-        with torch.no_grad():
-            for p, average in pairs:
-                p.copy_(average)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for (p, _), value in zip(pairs, trained, strict=True):
-                    p.copy_(value)
+    def averaged(self) -> AbstractContextManager[None]:
+        """Returns a block in which the module has its EMA weights, if the run keeps any."""
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def save(self) -> Path:
         """Writes a checkpoint of the current iteration and returns its folder."""
@@ -290,7 +275,7 @@ class Trainer:
             "optimizer": checkpoint.optimizer_tensors(self.optimizer),
         }
         if self.ema is not None:
-            tensors["ema"] = dict(self.ema.module.state_dict())
+            tensors["ema"] = self.ema.tensors()
         state = {
             **self.folder.identity,
             "cpu_s": self.cpu_s,
@@ -317,8 +302,7 @@ class Trainer:
         moments = checkpoint.load_tensors(newest, "optimizer")
         if self.ema is not None:
             ema = checkpoint.load_tensors(newest, "ema", like=module.state_dict())
-            self.ema.module.load_state_dict(ema)
-            self.ema.n_averaged.fill_(int(state["iteration"]))
+            self.ema.load(ema, updates=int(state["iteration"]))
         module.load_state_dict(weights)
         checkpoint.load_optimizer(self.optimizer, moments)
         self.iteration, self.cpu_s = int(state["iteration"]), float(state["cpu_s"])

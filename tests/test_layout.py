@@ -13,7 +13,17 @@ LAYERS = [
     {"ops"},
     {"schedule", "steps", "plan", "_plan_checks", "passes", "tree", "drawing", "credit", "prune"},
     {"model", "forest", "rollout", "objective"},
-    {"recipes", "rewards", "stages", "metrics", "checkpoint", "run_folder", "trainer", "plots"},
+    {
+        "recipes",
+        "rewards",
+        "stages",
+        "metrics",
+        "checkpoint",
+        "ema",
+        "run_folder",
+        "trainer",
+        "plots",
+    },
     {"models", "hosts", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

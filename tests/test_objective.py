@@ -304,6 +304,27 @@ def test_later_updates_need_velocities_and_matching_edges_an_objective_of_their_
         gradient(forest, model, np.stack([ones, ones], 1), ones, Objective())
 
 
+@pytest.mark.parametrize(
+    ("advantage", "weight", "message"),
+    [
+        ((3, 2), (5,), r"advantage_M2 must be \(\d+, 2\), got \(3, 2\)"),
+        (None, (5,), r"weight_M must be \(\d+,\), got \(5,\)"),
+        (-1.0, None, r"advantage_M2 must be finite and >= 0, got -1.0 at 0"),
+        (None, np.nan, r"weight_M must be finite and >= 0, got nan at 0"),
+    ],
+)
+def test_gradient_refuses_bad_edge_arrays(advantage, weight, message, toy):
+    recipe, plan, *good = setting("branch_mix")
+    model = toy()
+    forest = rollout(plan, model, [4, 9], seed=5, iteration=3, **F64)
+    arrays = [
+        g if a is None else np.zeros(a) if isinstance(a, tuple) else np.full(g.shape, a)
+        for a, g in zip((advantage, weight), good, strict=True)
+    ]
+    with pytest.raises(ValueError, match=message):
+        gradient(forest, model, *arrays, recipe.objective)
+
+
 def test_cps_and_dance_steps_mix_in_one_micro_batch(toy):
     t = Tree()
     root = t.roots(1)

@@ -70,7 +70,7 @@ def test_resume_continues_bit_for_bit(toy, tmp_path, stop_after, updates):
     rest = run(toy, tmp_path / "cut", recipe=recipe, resume=True)
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert torch.equal(weights(rest), weights(whole))
-    averaged = [torch.cat([p.flatten() for p in t.ema.module.parameters()]) for t in (rest, whole)]
+    averaged = [torch.cat([v.flatten() for v in t.ema.tensors().values()]) for t in (rest, whole)]
     assert torch.equal(*averaged)
 
 
