@@ -24,9 +24,10 @@ from branchcore import credit, ops, passes, prune, recipes, schedule, steps
 from branchcore._dispatch import explain, use
 from branchcore.drawing import draw
 from branchcore.forest import Forest
+from branchcore.gradient import Statistics, gradient
 from branchcore.model import Model, VelocityModel
 from branchcore.noise import Noise
-from branchcore.objective import Objective, Statistics, gradient
+from branchcore.objective import Objective
 from branchcore.plan import Plan
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Scores, score

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from branchcore.objective import Statistics
+from branchcore.gradient import Statistics
 from branchcore.rewards import component_weights
 from branchcore.stages import Batch
 

@@ -13,9 +13,9 @@ import torch
 
 from branchcore.credit import Floats
 from branchcore.forest import Forest
+from branchcore.gradient import Statistics, gradient
 from branchcore.model import Model, VelocityModel
 from branchcore.noise import host_generator
-from branchcore.objective import Statistics, gradient
 from branchcore.plan import Ints, Plan
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward, Scores, component_weights, score
@@ -120,7 +120,7 @@ def accumulate(
     max_batch: int | None = None,
     num_planned: int | None = None,
 ) -> Statistics:
-    """Adds the gradient of one update of a batch to the parameters; see `objective.gradient`."""
+    """Adds the gradient of one update of a batch to the parameters; see `gradient.gradient`."""
     return gradient(
         batch.forest,
         batch.model,

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from branchcore import checkpoint
 from branchcore.ema import Ema
+from branchcore.gradient import Statistics, log_ratio_floor
 from branchcore.metrics import bar_text, iteration_metrics
 from branchcore.model import Model
-from branchcore.objective import Statistics, log_ratio_floor
 from branchcore.prune import balanced_chunks
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward

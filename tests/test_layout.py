@@ -12,7 +12,7 @@ LAYERS = [
     {"reference", "_check", "_dispatch", "testing", "noise"},
     {"ops"},
     {"schedule", "steps", "plan", "_plan_checks", "passes", "tree", "drawing", "credit", "prune"},
-    {"model", "forest", "rollout", "objective"},
+    {"model", "forest", "rollout", "objective", "gradient"},
     {
         "recipes",
         "rewards",

@@ -8,7 +8,8 @@ import torch
 
 from branchcore import ops, recipes, schedule
 from branchcore.forest import noise_rows
-from branchcore.objective import Objective, gradient, live_edges
+from branchcore.gradient import gradient, live_edges
+from branchcore.objective import Objective
 from branchcore.rollout import rollout
 from branchcore.steps import cps, dance_sde, euler
 from branchcore.tree import Tree

@@ -1,0 +1,261 @@
+"""The backward: one forward and backward per parent serves all its edges.
+
+Letters: M rows of the plan, E trained edges, N parents of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from branchcore import ops
+from branchcore.credit import Floats
+from branchcore.forest import Forest, upload
+from branchcore.model import VelocityModel, call_velocity
+from branchcore.noise import Noise
+from branchcore.objective import Objective
+from branchcore.plan import Ints, Plan
+from branchcore.prune import MicroBatch, pack_parents
+from branchcore.reference import RatioStats
+
+Anchor = Literal["auto", "detach", "rollout"]
+
+
+class Statistics(NamedTuple):
+    """Sums over the edges of an update: 0-d tensors on the device; `parents` is a host count."""
+
+    loss: Tensor
+    """Objective with its KL, already divided by the planned edges."""
+    kl: Tensor
+    """The KL term of `loss`."""
+    ratio: RatioStats
+    parents: int
+    """Forward and backward passes."""
+
+    def plus(self, other: Statistics) -> Statistics:
+        """Returns the statistics of both sets of edges."""
+        ratio = RatioStats(*(a + b for a, b in zip(self.ratio, other.ratio, strict=True)))
+        largest = torch.maximum(self.ratio.max_abs_dev, other.ratio.max_abs_dev)
+        return Statistics(
+            self.loss + other.loss,
+            self.kl + other.kl,
+            ratio._replace(max_abs_dev=largest),
+            self.parents + other.parents,
+        )
+
+    @staticmethod
+    def zero(device: torch.device) -> Statistics:
+        """Returns the statistics of no edges."""
+        zero = torch.zeros((), device=device)
+        return Statistics(zero, zero, RatioStats(*(zero for _ in RatioStats._fields)), 0)
+
+
+def live_edges(
+    plan: Plan, advantage_M2: Floats, weight_M: Floats, objective: Objective, update: int
+) -> Ints:
+    """Returns the trained edges of an update that can matter: weight, and advantage or KL, not 0.
+
+    Raises:
+        NotImplementedError: a trained edge has b = 0, whose ratio is not about the edge's noise.
+    """
+    edges = plan.trained(update)
+    if (plan.row[edges, 1] == 0.0).any():
+        raise NotImplementedError("gradient: trained edges with b = 0 need a matching objective")
+    matters = advantage_M2[edges].any(1) | (objective.kl > 0.0)
+    return edges[matters & (weight_M[edges] != 0.0)]
+
+
+def gradient(
+    forest: Forest,
+    model: VelocityModel,
+    advantage_M2: Floats,
+    weight_M: Floats,
+    objective: Objective,
+    *,
+    update: int = 0,
+    anchor: Anchor = "auto",
+    max_batch: int | None = None,
+    num_planned: int | None = None,
+) -> Statistics:
+    """Adds the objective's gradient of one optimizer update to the model's parameters.
+
+    loss = sum over edges of weight * (-A+ min(r, clip r) + A- max(r, clip r) + KL) / num_planned.
+
+    Args:
+        forest: of `rollout`; its tape serves update 0 and is emptied by it.
+        model: the same prompts as in the rollout.
+        advantage_M2: (M, 2) float64 (A+, A-) of `credit.split_sign`.
+        weight_M: (M,) float64 edge weights of `prune`; 0 costs nothing.
+        objective: ratio, clip and KL.
+        update: which of the plan's updates.
+        anchor: v_old of nodes that are not on the tape: "detach" takes the new velocity itself
+            (ratio exactly 1; right before any update), "rollout" the stored one; "auto" is detach
+            for update 0 and rollout later.
+        max_batch: parents of a model call at most.
+        num_planned: the normaliser; None = planned trained edges of this update in this plan.
+            Over several rounds or ranks: their sum.
+
+    Returns:
+        Statistics on the device; reading them is the caller's sync.
+    """
+    plan = forest.plan
+    if anchor == "auto":
+        anchor = "detach" if update == 0 else "rollout"
+    if anchor == "detach" and update > 0:
+        raise ValueError(f"gradient: anchor must be 'rollout' after an update, got update {update}")
+    if anchor == "rollout" and forest.velocity is None:
+        raise ValueError(
+            "gradient: anchor 'rollout' needs stored velocities, got none; "
+            "try rollout(keep_velocity=True)"
+        )
+    _check_edges(plan, advantage_M2, weight_M)
+    edges = live_edges(plan, advantage_M2, weight_M, objective, update)
+    planned = len(plan.trained(update)) if num_planned is None else num_planned
+    tape = [part.velocity for part in forest.tape] if update == 0 else []
+    parts = [part.nodes for part in forest.tape] if update == 0 else []
+    batches = pack_parents(plan, edges, max_batch, parts)
+    terms = _terms(forest, batches, advantage_M2, weight_M / max(planned, 1), objective)
+    total = Statistics.zero(forest.x.device)
+    for batch, term in zip(batches, terms, strict=True):
+        on_tape = batch.part >= 0
+        v = tape[batch.part][term.local] if on_tape else _velocity(forest, model, term)
+        stored = None if anchor == "detach" or on_tape else forest.velocity
+        v_old = None if stored is None else stored[term.slots]
+        total = total.plus(_backward(forest, model, term, v, v_old, objective))
+    if update == 0:
+        forest.tape.clear()
+    return total
+
+
+def _check_edges(plan: Plan, advantage_M2: Floats, weight_M: Floats) -> None:
+    for name, value, shape in (
+        ("advantage_M2", advantage_M2, (len(plan), 2)),
+        ("weight_M", weight_M, (len(plan),)),
+    ):
+        if value.shape != shape:
+            raise ValueError(f"gradient: {name} must be {shape}, got {value.shape}")
+        if not (np.isfinite(value).all() and (value >= 0.0).all()):
+            bad = int(np.argmin(np.isfinite(value) & (value >= 0.0)))
+            raise ValueError(
+                f"gradient: {name} must be finite and >= 0, got {value.flat[bad]} at {bad}"
+            )
+
+
+class _Terms(NamedTuple):
+    """Device tensors of one micro-batch, N parents and E edges."""
+
+    rows: Tensor
+    slots: Tensor
+    local: Tensor
+    child_start: Tensor
+    noise: Noise
+    exponent: Tensor
+    advantage: Tensor
+    weight: Tensor
+    kl: Tensor
+
+
+def log_ratio_floor(
+    forest: Forest, model: VelocityModel, objective: Objective, *, max_batch: int | None = None
+) -> float:
+    """Measures the largest |log ratio| that unchanged weights give against stored velocities.
+
+    Other batch shapes give other bits; a clip range below this floor clips at random. Evaluates
+    one micro-batch of the edges that later updates train, and syncs.
+
+    Args:
+        forest: with stored velocities.
+        model: weights unchanged since the rollout.
+        objective: defines the ratio.
+        max_batch: parents of the micro-batch; None = all.
+    """
+    plan = forest.plan
+    edges = plan.trained()[plan.update[plan.trained()] > 0]
+    if forest.velocity is None or not len(edges):
+        raise ValueError(
+            "log_ratio_floor: forest must have stored velocities and later updates, got none"
+        )
+    batch = pack_parents(plan, edges, max_batch)[0]
+    ones = np.ones((len(plan), 2))
+    (term,) = _terms(forest, [batch], ones, ones[:, 0], objective)
+    with torch.no_grad():
+        v = _velocity(forest, model, term)
+        p_E, q_N = ops.edge_dots(v, forest.velocity[term.slots], term.child_start, term.noise)
+    owner = np.repeat(np.arange(len(batch.nodes)), np.diff(batch.child_start))
+    lin, quad = objective.exponent(plan.row[batch.edges]).T
+    p, q = p_E.double().cpu().numpy(), q_N.double().cpu().numpy()
+    return float(np.abs(lin * p - quad * q[owner]).max())
+
+
+def _terms(
+    forest: Forest,
+    batches: list[MicroBatch],
+    advantage_M2: Floats,
+    weight_M: Floats,
+    objective: Objective,
+) -> list[_Terms]:
+    """Uploads what all micro-batches need: one transfer of indices, one of floats."""
+    plan, device = forest.plan, forest.x.device
+    arrays: list[Ints] = []
+    floats: list[Floats] = []
+    for batch in batches:
+        nodes, edges, start = batch[:3]
+        arrays += [nodes, forest.slot[nodes], batch.local, start, edges]
+        row, dt = plan.row[edges], plan.sigma[plan.parent[edges]] - plan.sigma[edges]
+        kl_N = np.zeros(len(nodes))
+        owner = np.repeat(np.arange(len(nodes)), np.diff(start))
+        np.add.at(kl_N, owner, weight_M[edges] * objective.kl_factor(row, dt))
+        exponent, advantage = objective.exponent(row), advantage_M2[edges]
+        floats += [exponent.ravel(), advantage.ravel(), weight_M[edges], kl_N]
+    index, number = iter(upload(arrays, device)), iter(upload(floats, device))
+    terms: list[_Terms] = []
+    for _ in batches:
+        rows, slots, local, start, edges = (next(index) for _ in range(5))
+        exponent, advantage, weight, kl = (next(number) for _ in range(4))
+        noise = Noise(forest.noise.key, forest.noise.counter[edges], forest.noise.mix[edges])
+        terms.append(
+            _Terms(
+                rows,
+                slots,
+                local,
+                start,
+                noise,
+                exponent.view(-1, 2),
+                advantage.view(-1, 2),
+                weight,
+                kl.to(forest.x.dtype),
+            )
+        )
+    return terms
+
+
+def _velocity(
+    forest: Forest, model: VelocityModel, term: _Terms, *, reference: bool = False
+) -> Tensor:
+    sigma, prompt = forest.sigma[term.rows], forest.prompt[term.rows]
+    return call_velocity(model, forest.x[term.slots], sigma, prompt, reference=reference)
+
+
+def _backward(
+    forest: Forest,
+    model: VelocityModel,
+    term: _Terms,
+    v: Tensor,
+    v_old: Tensor | None,
+    objective: Objective,
+) -> Statistics:
+    p_E, q_N = ops.edge_dots(v, v_old, term.child_start, term.noise)
+    loss, stats = ops.ratio_loss(
+        p_E, q_N, term.child_start, term.exponent, term.advantage, term.weight, objective.clip
+    )
+    kl = torch.zeros_like(loss)
+    if objective.kl > 0.0:
+        with torch.no_grad():
+            v_ref = _velocity(forest, model, term, reference=True)
+        kl = (term.kl * ops.edge_dots(v, v_ref).q_N).sum()
+    total = loss + kl
+    total.backward()
+    return Statistics(total.detach(), kl.detach(), stats, parents=len(term.rows))
