@@ -3,6 +3,8 @@
 Every message reads `op: argument must be <wanted>, got <actual>[; try <fix>]`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ REFERENCE = (torch.float64,)
 def tensor(
     op: str,
     name: str,
-    value: Tensor,
+    value: Any,
     shape: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
@@ -36,7 +38,7 @@ def tensor(
         )
 
 
-def matrix(op: str, name: str, value: Tensor) -> tuple[int, int]:
+def matrix(op: str, name: str, value: Any) -> tuple[int, int]:
     """Check that the leading argument is a matrix and return its shape."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
@@ -53,11 +55,15 @@ def states(first: Tensor) -> tuple[torch.dtype, ...]:
     return REFERENCE if first.dtype == torch.float64 else STATE
 
 
-def noise(op: str, value: Noise, num_draws: int, device: torch.device) -> None:
-    """Check the three tensors that name draws."""
-    if not isinstance(value, tuple) or len(value) != 3:
+def noise(
+    op: str, value: Any, num_draws: int | None = None, device: torch.device | None = None
+) -> None:
+    """Check the three tensors that name draws; without a number, any number of them."""
+    if not isinstance(value, Noise):
         raise TypeError(f"{op}: noise must be a branchcore.Noise, got {type(value).__name__}")
     key, counter, mix = value
+    device = key.device if device is None else device
+    num_draws = len(counter) if num_draws is None else num_draws
     tensor(op, "noise.key", key, (3,), INDEX, device)
     tensor(op, "noise.counter", counter, (num_draws, 3), (torch.int32,), device)
     tensor(op, "noise.mix", mix, (num_draws, 2), ROW, device)

@@ -4,6 +4,7 @@ Every op is registered once with `torch.library`; the choice falls inside the re
 holds under `torch.compile` and autograd alike.
 """
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -24,10 +25,9 @@ def _load_native() -> tuple[str, ModuleType | None]:
     """Import the kernels for this CPU's instruction set, if the package has been built."""
     if importlib.util.find_spec("branchcore._C") is None:
         return "none", None
-    from branchcore import _C
-
-    isa = _C.best_isa()
-    return isa, getattr(_C, isa)
+    module = importlib.import_module("branchcore._C")
+    isa: str = module.best_isa()
+    return isa, getattr(module, isa)
 
 
 ISA, _native = _load_native()

@@ -5,7 +5,7 @@ reference itself makes in the same dtype, plus 2 eps(dtype) max|exact|: nobody c
 Letters: N parents, M children, E trained edges, D latent elements.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -107,7 +107,7 @@ def evaluate(spec: OpSpec, run: Callable[..., Any], inputs: Inputs) -> dict[str,
 
 def _named(result: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     fields = getattr(result, "_fields", names)
-    values = (result,) if isinstance(result, Tensor) else result
+    values: tuple[Any, ...] = (result,) if isinstance(result, Tensor) else result
     for name, value in zip(fields, values, strict=True):
         if isinstance(value, Tensor):
             yield name, value
@@ -128,17 +128,17 @@ def widen(inputs: Inputs) -> Inputs:
 
 
 @contextmanager
-def poisoned() -> Iterator[None]:
+def poisoned() -> Generator[None]:
     """Fill every new uninitialised tensor with NaN, so that an unwritten element shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 def one_row(inputs: Inputs, row: int) -> Inputs:

@@ -146,6 +146,12 @@ def test_compile_fullgraph() -> None:
         ),
         (
             "philox_normal",
+            {"noise": torch.ones(3)},
+            TypeError,
+            "philox_normal: noise must be a branchcore.Noise, got Tensor",
+        ),
+        (
+            "philox_normal",
             {"dtype": torch.float16},
             TypeError,
             "philox_normal: dtype must be float32 or bfloat16 or float64, got float16",

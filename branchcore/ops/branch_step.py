@@ -67,7 +67,7 @@ def _reference(
     child_start: Tensor,
     *noise: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return tuple(reference.branch_step(x_ND, v_ND, rows_M4, child_start, Noise(*noise), h_ND))
+    return reference.branch_step(x_ND, v_ND, rows_M4, child_start, Noise(*noise), h_ND)
 
 
 def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:

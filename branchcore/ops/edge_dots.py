@@ -48,11 +48,11 @@ def edge_dots(
             raise ValueError(f"{op}: child_start and noise must be given together, got one of them")
         return EdgeDots(*_forward(v_ND, v_old_ND, None, None, None, None))
     _check.tensor(op, "child_start", child_start, (num_nodes + 1,), _check.INDEX, device)
-    _check.noise(op, noise, len(noise[1]), device)
+    _check.noise(op, noise, device=device)
     return EdgeDots(*_forward(v_ND, v_old_ND, child_start, *noise))
 
 
-def _edges(child_start: Tensor | None, *noise: Tensor | None) -> tuple[Tensor | None, Noise | None]:
+def _edges(child_start: Tensor | None, *noise: Any) -> tuple[Tensor | None, Noise | None]:
     return child_start, None if child_start is None else Noise(*noise)
 
 
@@ -75,7 +75,7 @@ def _reference(
     if v_old_ND is None:
         p_E, q_N = _empty(v_ND, edges[2])
         return p_E.zero_(), q_N.zero_()
-    return tuple(reference.edge_dots(v_ND, v_old_ND, *_edges(*edges)))
+    return reference.edge_dots(v_ND, v_old_ND, *_edges(*edges))
 
 
 def _fake(v_ND: Tensor, _: Tensor | None, *edges: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -102,8 +102,8 @@ def _reference_backward(
     )
 
 
-def _fake_backward(_: Tensor, grad_q_N: Tensor, *rest: Any) -> Tensor:
-    *_, num_elements, dtype = rest
+def _fake_backward(*inputs: Any) -> Tensor:
+    grad_q_N, num_elements, dtype = inputs[1], *inputs[-2:]
     return grad_q_N.new_empty(len(grad_q_N), num_elements, dtype=dtype)
 
 

@@ -27,7 +27,7 @@ def philox_normal(noise: Noise, num_elements: int, dtype: torch.dtype = torch.fl
     Source: Philox4x32-10 of Salmon et al. 2011, then Box-Muller.
     """
     op = "philox_normal"
-    _check.noise(op, noise, len(noise[1]), noise[0].device)
+    _check.noise(op, noise)
     if num_elements < 0:
         raise ValueError(f"{op}: num_elements must be >= 0, got {num_elements}")
     if dtype not in DTYPES:

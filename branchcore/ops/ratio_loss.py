@@ -66,8 +66,9 @@ def _cpp(p_E: Tensor, q_N: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, 
 
 def _reference(p_E: Tensor, q_N: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *edges, low, high = rest
-    loss, stats = reference.ratio_loss(p_E, q_N, *edges, (low, high))
-    grads = reference.ratio_loss_backward(p_E, q_N, *edges, (low, high))
+    inputs: Any = (p_E, q_N, *edges, (low, high))
+    loss, stats = reference.ratio_loss(*inputs)
+    grads = reference.ratio_loss_backward(*inputs)
     return loss, torch.stack(stats), *grads
 
 

@@ -29,7 +29,7 @@ _COMMON: dict[str, Any] = {
     "max_batch": 128,
     "reward_weights": COMPONENT_WEIGHTS,
 }
-_TREE: dict[str, Any] = {"splits": SPLITS, "eta": 0.7, "kl": 0.1}
+_TREE: dict[str, Any] = {"splits": SPLITS, "eta": 0.7, "kl": 0.09}
 
 PRESETS: dict[str, Preset] = {
     "branch_mix": Preset(
@@ -40,15 +40,15 @@ PRESETS: dict[str, Preset] = {
         _TREE, {**_COMMON, "lr": 6e-4, "prompts_per_iteration": 30, "iterations": 160}
     ),
     "branch_grpo": Preset(
-        {**_TREE, "kl": 0.03},
+        {**_TREE, "eta": 0.5, "kl": 0.03},
         {**_COMMON, "lr": 8e-4, "prompts_per_iteration": 20, "iterations": 110},
     ),
     "dance_grpo": Preset(
-        {"group": 16, "eta": 0.7, "kl": 0.03},
+        {"group": 16, "eta": 0.5, "kl": 0.03},
         {**_COMMON, "lr": 8e-4, "prompts_per_iteration": 12, "iterations": 160},
     ),
     "flow_grpo": Preset(
         {"group": 16, "kl": 0.03, "kl_form": "gaussian"},
-        {**_COMMON, "lr": 8e-4, "prompts_per_iteration": 12, "iterations": 120},
+        {**_COMMON, "lr": 8e-4, "prompts_per_iteration": 12, "iterations": 110},
     ),
 }
