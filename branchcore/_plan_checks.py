@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
     from branchcore.plan import Plan
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 _TOLERANCE = 1e-9
 
 
-def _require(ok: NDArray[np.bool_], plan: Plan, wanted: str, got: NDArray[np.generic]) -> None:
-    if not ok.all():
-        i = int(np.argmin(ok))
+def _require(ok: ArrayLike, plan: Plan, wanted: str, got: NDArray[np.generic]) -> None:
+    good = np.asarray(ok)
+    if not good.all():
+        i = int(np.argmin(good))
         value = np.asarray(got)[i]
         where = f"row {i} (prompt {plan.prompt[i]}, sigma {plan.sigma[i]:.6g})"
         raise ValueError(f"plan: {where}: {wanted}, got {value}")
@@ -58,7 +59,7 @@ def _check_rows(plan: Plan) -> None:
         ~inner | (image < _TOLERANCE), plan, "a (1 - sigma_p) - b + c must be 1 - sigma", image
     )
     noise = (a * above + b) ** 2 + s**2 - sigma**2
-    kept = np.asarray(~inner | (noise > -_TOLERANCE))
+    kept = ~inner | (noise > -_TOLERANCE)
     _require(kept, plan, "(a sigma_p + b)^2 + s^2 must be >= sigma^2", noise)
     grand = ~plan.history | (inner & (plan.parent[up] >= 0))
     _require(grand, plan, "c != 0 must have a parent's parent", c)

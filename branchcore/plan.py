@@ -189,7 +189,7 @@ class Plan:
         rank[np.asarray(prompts, dtype=np.int64)] = np.arange(len(prompts))
         return self.take(np.flatnonzero(rank[self.prompt] >= 0), prompt=rank[self.prompt])
 
-    def take(self, rows: Ints, **replaced: NDArray[np.generic]) -> Plan:
+    def take(self, rows: Ints, **replaced: NDArray[Any]) -> Plan:
         """Returns the plan of some rows (closed under parents), sorted; columns may be replaced."""
         columns = columns_of(self) | replaced
         where = np.full(len(self) + 1, -1)

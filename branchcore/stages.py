@@ -103,7 +103,7 @@ def collect(
     with torch.no_grad():
         latents = forest.leaves.view(-1, *model.latent_shape)
         images = torch.cat([model.decode(x) for x in latents.split(max_batch or len(latents))])
-    texts = [prompts[i] for i in plan.prompt[plan.leaf].tolist()]
+    texts = [str(prompts[int(i)]) for i in plan.prompt[plan.leaf]]
     scores = score(reward, images, texts)
     weights = component_weights(scores.names, reward_weights)
     log_prob = forest.log_prob.double().cpu().numpy()
