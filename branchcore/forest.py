@@ -67,6 +67,11 @@ def edge_noise(
     uid = np.asarray(uids, dtype=np.int64)
     if uid.shape != (plan.num_prompts,):
         raise ValueError(f"rollout: uids must be ({plan.num_prompts},), got {uid.shape}")
+    if uid.min() < 0 or uid.max() >= 2**31:
+        raise ValueError(f"rollout: uids must be in [0, 2**31), got {uid.min()} to {uid.max()}")
+    for name, word in (("seed", seed), ("iteration", iteration)):
+        if not 0 <= word < 2**32:
+            raise ValueError(f"rollout: {name} must be in [0, 2**32), got {word}")
     counter = np.concatenate([plan.stream, uid[plan.prompt][:, None]], axis=1).astype(np.int32)
     return Noise(
         key=torch.tensor([seed, iteration, LATENT], dtype=torch.int64).to(device),

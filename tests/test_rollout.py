@@ -234,6 +234,10 @@ def test_wrong_uids_and_frozen_tape(toy):
     plan = plan_of("branchcore")
     with pytest.raises(ValueError, match=r"uids must be \(2,\), got \(1,\)"):
         rollout(plan, toy(), [1], seed=0)
+    with pytest.raises(ValueError, match=r"uids must be in \[0, 2\*\*31\), got -1 to 9"):
+        rollout(plan, toy(), [-1, 9], seed=0)
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*32\), got -5"):
+        rollout(plan, toy(), [4, 9], seed=-5)
     model = toy()
     model.module.requires_grad_(False)
     with pytest.raises(ValueError, match="velocity must be differentiable for the tape"):

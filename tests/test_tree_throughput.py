@@ -1,8 +1,7 @@
-"""The tree benchmark: its checks pass and can fail, its maths is right, its flags explain themselves."""
+"""The tree benchmark: its checks pass and can fail, its maths is right, its flags explain."""
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +22,15 @@ SMALL = ["--leaves", "12", "--steps", "7", "--prompts", "2"]
 STAGES = ["rollout", "decode", "reward", "advantage", "train", "optimizer"]
 
 
-@pytest.fixture
-def clean_path():
-    """The folder of the benchmark is on the path for these tests only where they import late."""
-    return str(BENCH)
-
-
+@pytest.mark.slow
 def test_all_checks_pass_on_a_small_tree(capsys, tmp_path):
     out = tmp_path / "checks.json"
     assert tree_throughput.main([*SMALL, "--check-only", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     found = result["checks"]
     assert all(check["pass"] for check in found.values())
-    assert result["plans"] == {} and result["ratios"] == {}
+    assert result["plans"] == {}
+    assert result["ratios"] == {}
     for name in ("dance", "flow", "branch", "branch_mix"):
         assert found[f"a gradient fp64: exact:{name}, tape"]["value"] <= 1e-12
         assert found[f"e max |ratio - 1| fp32: exact:{name}, tape"]["value"] == 0.0
@@ -46,6 +41,7 @@ def test_all_checks_pass_on_a_small_tree(capsys, tmp_path):
     assert f"{len(found)} of {len(found)} checks pass" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_every_field(tmp_path, capsys):
     out, png = tmp_path / "r.json", tmp_path / "r.png"
     chosen = ["branch", "exact:branch", "steel:branch", "engine"]
@@ -84,11 +80,14 @@ def scaled(task, clock, **options):
     return outcome
 
 
+def drifting(task, clock, **options):
+    return exact(task, clock, **options)._replace(ratio_dev=1e-16)
+
+
 def wasteful(task, clock, **options):
-    plan, draw = task.plan(), None
+    plan, root = task.plan(), np.zeros(1, dtype=np.int64)
     with clock("rollout"):
-        draw = task.noise(plan)(np.zeros(1, dtype=np.int64))
-        task.velocity(plan, np.zeros(1, dtype=np.int64), draw)
+        task.velocity(plan, root, task.noise(plan)(root))
     return exact(task, clock, **options)
 
 
@@ -97,7 +96,7 @@ def wasteful(task, clock, **options):
     [
         (scaled, "a gradient fp64: exact:branch_mix, tape"),
         (wasteful, "f F / E / P / D, 2 prompts: exact:branch_mix"),
-        (partial(exact, tape=False, anchor="rollout", max_batch=5), "e max |ratio - 1|"),
+        (drifting, "e max |ratio - 1| fp64: exact:branch_mix"),
     ],
 )
 def test_a_wrong_engine_fails_the_run_and_is_named(run, named, monkeypatch, capsys, tmp_path):
@@ -141,7 +140,7 @@ def test_a_paired_ratio_is_the_median_of_ratios_not_the_ratio_of_medians():
 
 
 def test_a_constant_ratio_has_no_width_however_the_machine_swings():
-    machine = np.array([1.0, 3.0, 0.7, 2.2])
+    machine = np.array([1.0, 4.0, 0.5, 2.0])
     assert measure.paired_ratio(6 * machine, 2 * machine) == (3.0, (3.0, 3.0))
 
 
@@ -176,7 +175,7 @@ def test_closed_forms_are_the_published_ones(leaves, steps, work):
     assert tuple(workload.closed_form("branch", load, plan, 1)) == work
     clean = workload.closed_form("exact:branch", load, plan, 1)
     assert tuple(clean) == tuple(plan.counts())
-    assert clean.E == work[1] - leaves
+    assert clean.E + leaves == work[1]
     flow = load.recipes["flow"].plan([0], seed=0, iteration=0)
     assert tuple(workload.closed_form("flow", load, flow, 1))[:2] == (
         leaves * steps,

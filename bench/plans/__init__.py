@@ -46,5 +46,6 @@ PLANS: dict[str, Execution] = {
     "steel:branch": Execution("branch", partial(steel, tree=True)),
     "engine": Execution("engine", exact, tape=True),
 }
-# the released algorithm that a check compares with: BranchGRPO without its dead last edges
-REFERENCE: dict[str, Run] = BASES | {"branch": partial(branch, dead=False)}
+# the released loop that a check compares with: BranchGRPO without its dead last
+# edges, and for the engine's own recipe the same loop on its trees
+REFERENCE: dict[str, Run] = BASES | dict.fromkeys(("branch", "engine"), partial(branch, dead=False))

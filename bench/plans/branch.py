@@ -13,10 +13,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from branchcore import Plan
 from plans.steps import clipped_loss, dance_step, group_advantage, log_prob
 from plans.task import Clock, Outcome, Task
-
-from branchcore import Plan
 
 
 def depth_advantage(plan: Plan, rewards: np.ndarray) -> np.ndarray:

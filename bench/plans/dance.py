@@ -8,13 +8,14 @@ forward and backward per step). Its random steps and noise are those of the shar
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
+from branchcore import Plan
 from plans.steps import clipped_loss, dance_step, group_advantage, log_prob
 from plans.task import Clock, Outcome, Task
-
-from branchcore import Plan
 
 
 def paths(plan: Plan) -> np.ndarray:
@@ -28,20 +29,20 @@ def paths(plan: Plan) -> np.ndarray:
 def dance(task: Task, clock: Clock) -> Outcome:
     plan = task.plan()
     draw, sigma, chains = task.noise(plan), plan.sigma.tolist(), paths(plan)
-    shape = task.view.latent_shape
+    rows = np.arange(len(plan))[:, None]
     states, old, rewards = {}, {}, []
     for chain in chains:
         with clock("rollout"), torch.no_grad():
-            x = draw(chain[:1])
+            x = draw(rows[chain[0]])
             states[chain[0]] = x
-            for n, child in zip(chain[:-2], chain[1:-1], strict=True):
-                v = task.velocity(plan, chain[:1] * 0 + n, x)
+            for n, child in pairwise(chain[:-1]):
+                v = task.velocity(plan, rows[n], x)
                 mean, std = dance_step(x, v, sigma[n], sigma[child], task.eta)
-                x = mean + std * draw(chain[:1] * 0 + child)
+                x = mean + std * draw(rows[child])
                 states[child], old[child] = x, log_prob(x, mean, std)
             # the image is the x0 read-out of the last step
             n = chain[-2]
-            x = x - sigma[n] * task.velocity(plan, chain[-2:-1], x)
+            x = x - sigma[n] * task.velocity(plan, rows[n], x)
             states[chain[-1]] = x
         rewards.append(task.score(clock, plan, chain[-1:], x))
     with clock("advantage"):
@@ -53,11 +54,11 @@ def dance(task: Task, clock: Clock) -> Outcome:
     ratios, clip, planned = [], task.recipe.objective.clip[0], len(plan.trained())
     with clock("train"):
         for chain in chains:
-            for n, child in zip(chain[:-2], chain[1:-1], strict=True):
+            for n, child in pairwise(chain[:-1]):
                 if not plan.train[child]:
                     continue
-                x = states[n].view(1, *shape)
-                v = task.velocity(plan, chain[:1] * 0 + n, x)
+                x = states[n]
+                v = task.velocity(plan, rows[n], x)
                 mean, std = dance_step(x, v, sigma[n], sigma[child], task.eta)
                 new = log_prob(states[child], mean, std)
                 loss, ratio = clipped_loss(new, old[child], new.new_tensor(advantage[child]), clip)

@@ -1,4 +1,4 @@
-"""The same algorithms in the engine: shared prefixes, one backward per parent, batches of any steps.
+"""The same algorithms in the engine: shared prefixes, one backward per parent, any batch shape.
 
 With `tape` the rollout's graph is kept and training is its backward. These are the public calls of
 `branchcore.collect` and `branchcore.accumulate`, opened up so that each stage is on the clock.
@@ -9,13 +9,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from plans.task import ITERATION, SEED, Clock, Outcome, Task
-
 import branchcore
+from plans.task import ITERATION, SEED, Clock, Outcome, Task
 
 
 def exact(
-    task: Task, clock: Clock, *, tape: bool = True, anchor: str = "auto", max_batch: int | None = None
+    task: Task,
+    clock: Clock,
+    *,
+    tape: bool = True,
+    anchor: str = "auto",
+    max_batch: int | None = None,
 ) -> Outcome:
     recipe = task.recipe
     with clock("rollout"):
@@ -43,7 +47,13 @@ def exact(
         weight = recipe.prune(plan, advantage[:, 0] - advantage[:, 1], ITERATION + 1)
     with clock("train"):
         stats = branchcore.gradient(
-            forest, task.view, advantage, weight, recipe.objective, anchor=anchor, max_batch=max_batch
+            forest,
+            task.view,
+            advantage,
+            weight,
+            recipe.objective,
+            anchor=anchor,
+            max_batch=max_batch,
         )
     task.step(clock)
     states = {int(n): forest.x[forest.slot[n]] for n in np.flatnonzero(forest.slot >= 0)}

@@ -1,4 +1,4 @@
-"""Flow-GRPO as released: leaves in micro-batches of 9, every step but the last trained. No CFG, no KL.
+"""Flow-GRPO as released: leaves in micro-batches of 9, all steps but the last trained; no KL.
 
 Written from yifan123/flow_grpo: flow_grpo/diffusers_patch/sd3_pipeline_with_logprob.py and
 sd3_sde_with_logprob.py (rollout), scripts/train_sd3.py `main` and `compute_log_prob` (one forward

@@ -10,11 +10,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from branchcore import Plan, passes
 from plans.branch import depth_advantage
 from plans.steps import clipped_loss, dance_step, group_advantage, log_prob
 from plans.task import Clock, Outcome, Task
-
-from branchcore import Plan, passes
 
 TRAIN_ROWS = 64
 """Edges per forward and backward: the fastest per row for `digits` on one core of an EPYC."""

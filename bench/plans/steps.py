@@ -46,9 +46,7 @@ def log_prob(y: Tensor, mean: Tensor, std: Level) -> Tensor:
     return dense.flatten(1).mean(1)
 
 
-def clipped_loss(
-    new: Tensor, old: Tensor, advantage: Tensor, clip: float
-) -> tuple[Tensor, Tensor]:
+def clipped_loss(new: Tensor, old: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """Returns (n,) PPO losses and ratios."""
     ratio = torch.exp(new - old)
     clipped = ratio.clamp(1 - clip, 1 + clip)
