@@ -119,6 +119,10 @@ def test_a_wrong_engine_fails_the_run_and_is_named(run, named, monkeypatch, caps
         (["--steps", "6"], "--steps must be at least 7, for distinct splits, got 6"),
         (["--plans", "dance,tree"], "--plans must be from dance, flow, branch"),
         (["--prompts", "0"], "--prompts must be 1 to 60, got 0"),
+        (
+            ["--json", "no/such/r.json"],
+            "--json must be in a folder that exists, got no/such/r.json",
+        ),
         (["--budget", "0"], "--budget must be positive, got 0"),
         (["--steps", "ten"], "invalid int value: 'ten'"),
     ],

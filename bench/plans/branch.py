@@ -1,11 +1,12 @@
 """BranchGRPO as released: the tree node by node, one forward and backward per edge, batch 1.
 
-Written from Fredreic1849/BranchGRPO, fastvideo/train_branchgrpo_flux.py: `run_tree_sample_step`
-(a forward per node), `flux_step_with_split`, `compute_tree_rewards` and
-`compute_depthwise_advantages`, and the edge loop of `train_one_step` (each child edge forwards its
-parent anew). As released, the edge of depth T is sampled and trained too although the image is
-the x0 read-out above it: `dead=False` leaves it out, for gradients and for a fair batched
-baseline. Branch noise is the paper's mixture and all edges of an iteration share one update.
+Written from Fredreic1849/BranchGRPO, fastvideo/train_branchgrpo_flux.py: `run_tree_sample_step` and
+`flux_step_with_split` (a forward per node), `sample_reference_model_tree` (decode and reward leaf
+by leaf), `compute_node_rewards_from_leaves`, `compute_hierarchical_advantages_by_depth`, and
+`train_one_step_tree` with `grpo_one_step` (each child edge forwards its parent anew).
+As released, the edge of depth T is sampled and trained although the image is the x0 read-out above
+it; `dead=False` leaves it out, where gradients are compared. Branch noise is the paper's mixture,
+and all edges of an iteration share one update instead of one per 12.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def branch(task: Task, clock: Clock, *, dead: bool = True) -> Outcome:
                 states[child] = x + (sigma[child] - sigma[n]) * v
                 if noisy or (dead and plan.leaf[child] and plan.train[n]):
                     mean, std = dance_step(x, v, sigma[n], sigma[child], task.eta)
-                    # a dead edge's sample is scored and trained, and seen by no reward
+                    # a dead edge is trained and no reward sees it: any noise does
                     y = mean + std * draw(rows[child] if noisy else rows[n])
                     states[child] = y if noisy else states[child]
                     old[child] = y, log_prob(y, mean, std)

@@ -1,8 +1,9 @@
 """Flow-GRPO as released: leaves in micro-batches of 9, all steps but the last trained; no KL.
 
-Written from yifan123/flow_grpo: flow_grpo/diffusers_patch/sd3_pipeline_with_logprob.py and
-sd3_sde_with_logprob.py (rollout), scripts/train_sd3.py `main` and `compute_log_prob` (one forward
-and backward per micro-batch and step). The digits model has no guidance, so both halves are one.
+Written from yifan123/flow_grpo: `pipeline_with_logprob` and `sde_step_with_logprob` in
+flow_grpo/diffusers_patch/sd3_{pipeline,sde}_with_logprob.py (rollout), `compute_log_prob` and the
+loops of `main` in scripts/train_sd3.py (one forward and backward per micro-batch and step). The
+models here have no guidance, so a row is one forward where the release pays two.
 """
 
 from __future__ import annotations

@@ -1,0 +1,151 @@
+"""Numbers and their uncertainty: paired rounds, bootstrap, peak memory, and where it all ran."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+RESAMPLES = 10_000
+SEED = 0
+
+
+def median_ci(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the 95 % bootstrap interval of a median, resampled over rounds."""
+    values = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(SEED)
+    drawn = values[rng.integers(len(values), size=(RESAMPLES, len(values)))]
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Returns the median of slow / fast over rounds and its interval: how much faster `fast` is.
+
+    Raises:
+        ValueError: the rounds do not pair up.
+    """
+    if len(slow) != len(fast) or not len(slow):
+        raise ValueError(
+            f"paired_ratio: rounds must pair up and not be empty, got {len(slow)} and {len(fast)}"
+        )
+    ratios = np.asarray(slow, dtype=np.float64) / np.asarray(fast, dtype=np.float64)
+    return float(np.median(ratios)), median_ci(ratios)
+
+
+class PeakMemory:
+    """Growth of the peak memory inside a block, MiB: CUDA allocations, else resident set size.
+
+    On Linux the kernel's high-water mark (VmHWM) is reset first and unused heap is handed back, so
+    that memory which an earlier plan freed counts again. Elsewhere `mib` is None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.mib = device, None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.start = torch.cuda.memory_allocated(self.device)
+        else:
+            self.start = _reset_high_water_mark()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.mib = (torch.cuda.max_memory_allocated(self.device) - self.start) / 2**20
+        elif self.start is not None:
+            self.mib = (_status_kib("VmHWM") - self.start) / 2**10
+
+
+def _reset_high_water_mark() -> int | None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_kib("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def _status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def pair_cost(view: Any, device: torch.device, rows: int = 64, repeats: int = 5) -> float:
+    """Returns forward + backward over forward, in CPU seconds on the CPU, at a large batch."""
+    x = torch.zeros(rows, *view.latent_shape, device=device)
+    sigma, prompt = torch.full((rows,), 0.5, device=device), torch.zeros(rows, dtype=torch.int64)
+    prompt = prompt.to(device)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+        return time.process_time()
+
+    ratios = []
+    for _ in range(repeats + 1):
+        start = now()
+        with torch.no_grad():
+            view.velocity(x, sigma, prompt)
+        middle = now()
+        view.velocity(x, sigma, prompt).sum().backward()
+        ratios.append((now() - middle) / (middle - start))
+    return float(np.median(ratios[1:]))
+
+
+def load_average() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Returns commit, versions, processor, date, load and threads."""
+    import branchcore
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return {
+        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "versions": {
+            "branchcore": branchcore.__version__,
+            "torch": torch.__version__,
+            "diffusers": version("diffusers"),
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "kernels": branchcore.explain().splitlines()[0],
+        "cpu": cpu_name(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "load_average_start": load_average(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cpu_name() -> str:
+    """Returns model name, family and model, since some hypervisors hide the name."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in path.read_text().splitlines())
+    found = {key.strip(): value.strip() for key, _, value in pairs if value}
+    if "model name" not in found:
+        return platform.machine()
+    return f"{found['model name']} (family {found.get('cpu family')}, model {found.get('model')})"

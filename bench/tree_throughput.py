@@ -1,0 +1,339 @@
+"""Time and work of the released execution plans and of the engine, on the same trees and noise.
+
+    python bench/tree_throughput.py [--model auto] [--leaves 16] [--steps 10] [--prompts 8]
+        [--plans all] [--budget 110] [--json out.json] [--plot out.png] [--check-only]
+
+Checks run first; a failed one ends the run with exit code 1 before anything is timed. Rounds are
+interleaved, a ratio is the median over rounds of paired times, its interval a bootstrap over
+rounds. On a CPU one thread is used and CPU seconds are the headline: neighbours move wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from checks import Check, run_checks
+from measure import PeakMemory, load_average, median_ci, pair_cost, paired_ratio, provenance
+from plans import BASES, PLANS
+from plans.task import STAGES, Clock
+from tqdm import tqdm
+from workload import FACTORS, MODELS, RECIPES, Workload, closed_form, workload
+
+ROUNDS = (3, 10)
+AIM = 8
+DEFAULT_PROMPTS = {"digits": 8, "tiny": 1}
+TARGETS = {
+    "exact:branch/branch": 2.5,
+    "engine/dance": 6.0,
+    "engine/branch": 6.0,
+    "engine/steel:dance": 2.5,
+}
+PAIRS = (
+    *(f"exact:{name}/{name}" for name in BASES),
+    *(f"engine/{name}" for name in BASES),
+    "engine/steel:dance",
+    "engine/steel:branch",
+    "exact:dance/steel:dance",
+    "exact:branch/steel:branch",
+)
+FOOTER = """
+predicted: forward = 1, forward + backward = {pair:.2f} (measured); the rest is batching and
+overhead. MiB: growth of the peak resident set within one iteration. exact:x/x is the same gradient.
+engine/x is another estimator, at equal leaves and not at equal gradient variance. Batch 1, as
+released, costs a small model mostly overhead; steel:x is the same loop batched."""
+
+
+class Sample:
+    """Seconds of one iteration: its stages, scaled to all prompts."""
+
+    def __init__(self, clock: Clock, scale: float) -> None:
+        # the optimizer steps once, however many prompts there are
+        factors = {stage: 1.0 if stage == "optimizer" else scale for stage in STAGES}
+        self.split = {stage: factors[stage] * clock.cpu[stage] for stage in STAGES}
+        self.cpu = sum(self.split.values())
+        self.wall = sum(factors[stage] * clock.wall[stage] for stage in STAGES)
+
+
+class Bench:
+    """One model and optimizer, and the tasks of all plans on it."""
+
+    def __init__(self, load: Workload, names: list[str], prompts: int) -> None:
+        self.load, self.names, self.prompts = load, names, prompts
+        self.model, self.reward = load.model(prompts, torch.float32), load.reward()
+        # a step of size 0 costs what any step costs and leaves the weights to the next plan
+        self.optimizer = torch.optim.AdamW(self.model.module.parameters(), lr=0.0)
+        self.timed = dict.fromkeys(names, prompts)
+
+    def task(self, name: str, prompts: int) -> Any:
+        recipe = PLANS[name].recipe
+        return self.load.task(recipe, self.model, self.reward, prompts, optimizer=self.optimizer)
+
+    def run(self, name: str, prompts: int | None = None) -> Sample:
+        prompts = prompts or self.timed[name]
+        task, clock = self.task(name, prompts), Clock(self.load.device)
+        PLANS[name].run(task, clock)
+        return Sample(clock, self.prompts / prompts)
+
+    def warm_up(self, bar: Any, left: float) -> dict[str, float | None]:
+        """Runs every plan once, then decides how many prompts the prompt-by-prompt plans time.
+
+        Returns:
+            Peak memory growth per plan, MiB: of one prompt where prompts run one by one.
+        """
+        memory: dict[str, float | None] = {}
+        start, by_prompt, whole = time.perf_counter(), 0.0, 0.0
+        for name in self.names:
+            bar.set_description(f"warm-up {name}")
+            one = PLANS[name].by_prompt
+            # the first call of a process pays for allocations and lazy imports
+            self.run(name, 1)
+            before = time.perf_counter()
+            with PeakMemory(self.load.device) as peak:
+                self.run(name, 1 if one else self.prompts)
+            memory[name] = peak.mib
+            if one:
+                by_prompt += time.perf_counter() - before
+            else:
+                whole += time.perf_counter() - before
+            bar.update()
+        left -= time.perf_counter() - start
+        if by_prompt:
+            fits = int((left / AIM - whole) / by_prompt)
+            chosen = min(max(fits, 1), self.prompts)
+            self.timed |= {n: chosen for n in self.names if PLANS[n].by_prompt}
+        return memory
+
+    def rounds(self, bar: Any, end: float) -> dict[str, list[Sample]]:
+        samples: dict[str, list[Sample]] = {name: [] for name in self.names}
+        total, done = ROUNDS[0], 0
+        while done < total:
+            start = time.perf_counter()
+            for name in self.names:
+                bar.set_description(f"round {done + 1}/{total} {name}")
+                samples[name].append(self.run(name))
+                bar.update()
+            done += 1
+            if done == 1:
+                now = time.perf_counter()
+                more = int((end - now) / (now - start))
+                total = min(max(1 + more, ROUNDS[0]), ROUNDS[1])
+                bar.total = len(self.names) * (1 + total)
+            # a neighbour that wakes up must not cost the reader minutes
+            if done >= ROUNDS[0] and 2 * time.perf_counter() - start > end:
+                break
+        return samples
+
+
+def options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tree_throughput", description=(__doc__ or "").splitlines()[0]
+    )
+    known = ", ".join(map(str, FACTORS))
+    parser.add_argument("--model", default="auto", help=f"{', '.join(MODELS)}; auto = digits")
+    parser.add_argument("--leaves", type=int, default=16, help=f"per prompt: {known}")
+    parser.add_argument("--steps", type=int, default=10, help="sampling steps")
+    parser.add_argument("--prompts", type=int, help="prompts per iteration; default 8, tiny: 1")
+    parser.add_argument("--plans", default="all", help=f"all, or some of {','.join(PLANS)}")
+    parser.add_argument("--budget", type=float, default=110.0, help="seconds for everything")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--plot", type=Path, help="draw the result here, as PNG")
+    parser.add_argument("--check-only", action="store_true", help="stop after the checks")
+    chosen = parser.parse_args(arguments)
+    chosen.plans = list(PLANS) if chosen.plans == "all" else chosen.plans.split(",")
+    unknown = [name for name in chosen.plans if name not in PLANS]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if unknown:
+        parser.error(f"--plans must be from {', '.join(PLANS)}, got {', '.join(unknown)}")
+    if chosen.budget <= 0:
+        parser.error(f"--budget must be positive, got {chosen.budget:g}")
+    try:
+        chosen.load = workload(chosen.model, chosen.leaves, chosen.steps, device)
+    except ValueError as error:
+        parser.error(str(error))
+    if chosen.prompts is None:
+        chosen.prompts = DEFAULT_PROMPTS[chosen.load.model_name]
+    for flag, path in (("--json", chosen.json), ("--plot", chosen.plot)):
+        if path and not path.parent.is_dir():
+            parser.error(f"{flag} must be in a folder that exists, got {path}")
+    if chosen.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib, got none; try pip install 'branchcore[demo]'")
+    if not 1 <= chosen.prompts <= 60:
+        parser.error(f"--prompts must be 1 to 60, got {chosen.prompts}")
+    return chosen
+
+
+def summary(
+    bench: Bench, samples: dict[str, list[Sample]], memory: dict[str, float | None]
+) -> dict[str, Any]:
+    plans: dict[str, Any] = {}
+    for name, rows in samples.items():
+        plan = bench.task(name, bench.prompts).plan()
+        cpu = [row.cpu for row in rows]
+        plans[name] = {
+            "median_s": float(np.median([row.wall for row in rows])),
+            "cpu_s": float(np.median(cpu)),
+            "ci95": median_ci(cpu),
+            **closed_form(name, bench.load, plan, bench.prompts)._asdict(),
+            "split": {s: float(np.median([row.split[s] for row in rows])) for s in STAGES},
+            "peak_mem": memory[name],
+            "prompts_timed": bench.timed[name],
+            "extrapolated": bench.timed[name] < bench.prompts,
+            "rounds_cpu_s": cpu,
+            "rounds_wall_s": [row.wall for row in rows],
+        }
+    return plans
+
+
+def ratios(plans: dict[str, Any], pair: float) -> dict[str, Any]:
+    """Returns "A/B": times B's time over A's, and what forwards and backwards alone predict."""
+    units = {n: _units(n, plans[n], pair) for n in plans}
+    found = {}
+    for name in PAIRS:
+        a, b = name.split("/")
+        if a in plans and b in plans:
+            cpu, ci95 = paired_ratio(plans[b]["rounds_cpu_s"], plans[a]["rounds_cpu_s"])
+            wall, _ = paired_ratio(plans[b]["rounds_wall_s"], plans[a]["rounds_wall_s"])
+            found[name] = {
+                "cpu": cpu,
+                "wall": wall,
+                "ci95": ci95,
+                "predicted": units[b] / units[a],
+                "target": TARGETS.get(name),
+            }
+    return found
+
+
+def _units(name: str, plan: dict[str, Any], pair: float) -> float:
+    if PLANS[name].tape:
+        return plan["F"] + (pair - 1.0) * plan["P"]
+    return plan["F"] + pair * plan["E"]
+
+
+def print_checks(checks: list[Check]) -> None:
+    """Prints the worst of each kind; counts and failures one by one."""
+    print("| check | plans | worst | limit | |\n|---|---|---|---|---|")
+    kinds: dict[str, list[Check]] = {}
+    for check in checks:
+        alone = check.kind if check.passed and not isinstance(check.limit, list) else check.name
+        kinds.setdefault(alone + f" ({check.limit})" * (check.limit is None), []).append(check)
+    for name, group in kinds.items():
+        worst = group[0] if len(group) == 1 else max(group, key=lambda check: check.value)
+        verdict = "pass" if worst.passed else "FAIL"
+        print(f"| {name.removesuffix(' (None)')} | {len(group)} | {_text(worst.value)} |", end="")
+        print(f" {'reported' if worst.limit is None else _text(worst.limit)} | {verdict} |")
+    print(f"\n{sum(c.passed for c in checks)} of {len(checks)} checks pass\n")
+
+
+def _text(value: Any) -> str:
+    return " / ".join(map(str, value)) if isinstance(value, list) else f"{value:.1e}"
+
+
+def print_plans(plans: dict[str, Any], leaves: int, prompts: int) -> None:
+    print("| plan | CPU s | 95 % CI | wall s | leaves/CPU s | F / E / P / D |", end="")
+    print(f" {' / '.join(STAGES)} % | MiB |\n|---|--:|:-:|--:|--:|:-:|:-:|--:|")
+    for name, plan in plans.items():
+        star = "*" if plan["extrapolated"] else ""
+        low, high = plan["ci95"]
+        whole = sum(plan["split"].values())
+        share = " / ".join(f"{100 * t / whole:.0f}" for t in plan["split"].values())
+        work = " / ".join(str(plan[key]) for key in "FEPD")
+        memory = "-" if plan["peak_mem"] is None else f"{plan['peak_mem']:.0f}"
+        print(
+            f"| {name}{star} | {plan['cpu_s']:.3f} | {low:.3f}-{high:.3f} | {plan['median_s']:.3f} "
+            f"| {leaves / plan['cpu_s']:.0f} | {work} | {share} | {memory} |"
+        )
+    part = [p for p in plans.values() if p["extrapolated"]]
+    if part:
+        print(
+            f"\n\\* runs prompt by prompt: timed on {part[0]['prompts_timed']} of the {prompts} "
+            "prompts and scaled; its memory is that of one prompt."
+        )
+
+
+def print_ratios(found: dict[str, Any]) -> None:
+    print("\n| A/B | A is faster, CPU s | 95 % CI | wall | predicted | meas./pred. | required |")
+    print("|---|--:|:-:|--:|--:|--:|--:|")
+    for name, row in found.items():
+        low, high = row["ci95"]
+        target = "" if row["target"] is None else f">= {row['target']:g}"
+        print(
+            f"| {name} | {row['cpu']:.2f}x | {low:.2f}-{high:.2f} | {row['wall']:.2f}x "
+            f"| {row['predicted']:.2f}x | {row['cpu'] / row['predicted']:.2f} | {target} |"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    start = time.perf_counter()
+    chosen = options(arguments)
+    load: Workload = chosen.load
+    if load.device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    meta = provenance(load.device)
+    checks = run_checks(load, chosen.plans)
+    checked = time.perf_counter() - start
+    print_checks(checks)
+    failed = [check.name for check in checks if not check.passed]
+    result: dict[str, Any] = {
+        "meta": meta,
+        "config": {
+            "model": load.model_name,
+            "leaves": load.leaves,
+            "steps": load.steps,
+            "splits": load.splits,
+            "factors": FACTORS[load.leaves],
+            "prompts": chosen.prompts,
+            "plans": chosen.plans,
+            "recipes": RECIPES,
+            "budget_s": chosen.budget,
+            "device": str(load.device),
+            "dtype": "float32",
+            "threads": torch.get_num_threads(),
+        },
+        "checks": {c.name: {"value": c.value, "limit": c.limit, "pass": c.passed} for c in checks},
+        "plans": {},
+        "ratios": {},
+    }
+    if not failed and not chosen.check_only:
+        bench = Bench(load, chosen.plans, chosen.prompts)
+        end = start + chosen.budget
+        pair = pair_cost(bench.task(chosen.plans[0], 1).view, load.device)
+        with tqdm(total=len(chosen.plans) * (1 + ROUNDS[0]), unit="run", leave=False) as bar:
+            memory = bench.warm_up(bar, end - time.perf_counter())
+            samples = bench.rounds(bar, end)
+        plans = summary(bench, samples, memory)
+        found = ratios(plans, pair)
+        rounds = len(next(iter(samples.values())))
+        result["config"] |= {"rounds": rounds, "pair_over_forward": pair}
+        result |= {"plans": plans, "ratios": found}
+        print_plans(plans, load.leaves * chosen.prompts, chosen.prompts)
+        print_ratios(found)
+        print(FOOTER.format(pair=pair))
+    meta |= {
+        "load_average_end": load_average(),
+        "checks_s": checked,
+        "total_s": time.perf_counter() - start,
+    }
+    print(f"\n{meta['total_s']:.0f} s, load average {meta['load_average_start']} to", end=" ")
+    print(f"{meta['load_average_end']}, {meta['cpu']}, torch {meta['versions']['torch']}")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(result, indent=1) + "\n")
+    if chosen.plot and result["plans"]:
+        from picture import draw
+
+        draw(result, chosen.plot)
+    if failed:
+        print(f"tree_throughput: checks must pass, failed {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
