@@ -1,15 +1,10 @@
-"""Numbers and their uncertainty: paired rounds, bootstrap, peak memory, and where it all ran."""
+"""Numbers and their uncertainty: paired rounds, bootstrap, peak memory."""
 
 from __future__ import annotations
 
 import ctypes
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -103,49 +98,3 @@ def pair_cost(view: Any, device: torch.device, rows: int = 64, repeats: int = 5)
         view.velocity(x, sigma, prompt).sum().backward()
         ratios.append((now() - middle) / (middle - start))
     return float(np.median(ratios[1:]))
-
-
-def load_average() -> float | None:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Returns commit, versions, processor, date, load and threads."""
-    import branchcore
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return {
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
-        "versions": {
-            "branchcore": branchcore.__version__,
-            "torch": torch.__version__,
-            "diffusers": version("diffusers"),
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        "kernels": branchcore.explain().splitlines()[0],
-        "cpu": cpu_name(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "load_average_start": load_average(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def cpu_name() -> str:
-    """Returns model name, family and model, since some hypervisors hide the name."""
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return platform.processor() or platform.machine()
-    pairs = (line.partition(":") for line in path.read_text().splitlines())
-    found = {key.strip(): value.strip() for key, _, value in pairs if value}
-    if "model name" not in found:
-        return platform.machine()
-    return f"{found['model name']} (family {found.get('cpu family')}, model {found.get('model')})"

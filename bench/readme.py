@@ -22,7 +22,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def where(meta: dict[str, Any]) -> str:
     """Names machine, versions, date and commit."""
-    torch = meta.get("torch") or meta["versions"]["torch"]
+    torch = meta["versions"]["torch"]
     return f"{meta['cpu']}, torch {torch}, {meta['date']}, commit {meta['commit'][:9]}."
 
 

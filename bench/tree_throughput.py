@@ -1,6 +1,6 @@
 """Time and work of the released execution plans and of the engine, on the same trees and noise.
 
-    python bench/tree_throughput.py [--model auto] [--leaves 16] [--steps 10] [--prompts 8]
+    python bench/tree_throughput.py [--model auto] [--leaves 16] [--steps 10] [--prompts 16]
         [--plans all] [--budget 110] [--json out.json] [--plot out.png] [--check-only]
 
 Checks run first; a failed one ends the run with exit code 1 before anything is timed. Rounds are
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from checks import Check, run_checks
-from measure import PeakMemory, load_average, median_ci, pair_cost, paired_ratio, provenance
+from machine import facts, load_average
+from measure import PeakMemory, median_ci, pair_cost, paired_ratio
 from plans import BASES, PLANS
 from plans.task import STAGES, Clock
 from tqdm import tqdm
@@ -29,7 +30,7 @@ from workload import FACTORS, MODELS, RECIPES, Workload, closed_form, workload
 
 ROUNDS = (3, 10)
 AIM = 8
-DEFAULT_PROMPTS = {"digits": 8, "tiny": 1}
+DEFAULT_PROMPTS = {"digits": 16, "tiny": 1}
 TARGETS = {
     "exact:branch/branch": 2.5,
     "engine/dance": 6.0,
@@ -140,7 +141,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="auto", help=f"{', '.join(MODELS)}; auto = digits")
     parser.add_argument("--leaves", type=int, default=16, help=f"per prompt: {known}")
     parser.add_argument("--steps", type=int, default=10, help="sampling steps")
-    parser.add_argument("--prompts", type=int, help="prompts per iteration; default 8, tiny: 1")
+    parser.add_argument("--prompts", type=int, help="prompts per iteration; default 16, tiny: 1")
     parser.add_argument("--plans", default="all", help=f"all, or some of {','.join(PLANS)}")
     parser.add_argument("--budget", type=float, default=110.0, help="seconds for everything")
     parser.add_argument("--json", type=Path, help="write the result here")
@@ -277,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     if load.device.type == "cpu":
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    meta = provenance(load.device)
+    meta = facts(load.device)
     checks = run_checks(load, chosen.plans)
     checked = time.perf_counter() - start
     print_checks(checks)
