@@ -145,7 +145,11 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plans", default="all", help=f"all, or some of {','.join(PLANS)}")
     parser.add_argument("--budget", type=float, default=110.0, help="seconds for everything")
     parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--plot", type=Path, help="draw the result here, as PNG")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        help="PNG to draw; default: beside --json, else tree_throughput.png here",
+    )
     parser.add_argument("--check-only", action="store_true", help="stop after the checks")
     chosen = parser.parse_args(arguments)
     chosen.plans = list(PLANS) if chosen.plans == "all" else chosen.plans.split(",")
@@ -159,13 +163,15 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         chosen.load = workload(chosen.model, chosen.leaves, chosen.steps, device)
     except ValueError as error:
         parser.error(str(error))
+    if chosen.plot is None:
+        chosen.plot = (chosen.json or Path("tree_throughput.json")).with_suffix(".png")
     if chosen.prompts is None:
         chosen.prompts = DEFAULT_PROMPTS[chosen.load.model_name]
     for flag, path in (("--json", chosen.json), ("--plot", chosen.plot)):
         if path and not path.parent.is_dir():
             parser.error(f"{flag} must be in a folder that exists, got {path}")
-    if chosen.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib, got none; try pip install 'branchcore[demo]'")
+    if not chosen.check_only and importlib.util.find_spec("matplotlib") is None:
+        parser.error("the plot needs matplotlib, got none; try pip install 'branchcore[demo]'")
     if not 1 <= chosen.prompts <= 60:
         parser.error(f"--prompts must be 1 to 60, got {chosen.prompts}")
     return chosen
@@ -228,7 +234,8 @@ def print_checks(checks: list[Check]) -> None:
     for name, group in kinds.items():
         worst = group[0] if len(group) == 1 else max(group, key=lambda check: check.value)
         verdict = "pass" if worst.passed else "FAIL"
-        print(f"| {name.removesuffix(' (None)')} | {len(group)} | {_text(worst.value)} |", end="")
+        shown = name.removesuffix(" (None)").replace("|", "\\|")
+        print(f"| {shown} | {len(group)} | {_text(worst.value)} |", end="")
         print(f" {'reported' if worst.limit is None else _text(worst.limit)} | {verdict} |")
     print(f"\n{sum(c.passed for c in checks)} of {len(checks)} checks pass\n")
 
@@ -327,10 +334,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{meta['load_average_end']}, {meta['cpu']}, torch {meta['versions']['torch']}")
     if chosen.json:
         chosen.json.write_text(json.dumps(result, indent=1) + "\n")
-    if chosen.plot and result["plans"]:
+    if result["plans"]:
         from picture import draw
 
         draw(result, chosen.plot)
+        print(f"wrote {chosen.plot}")
     if failed:
         print(f"tree_throughput: checks must pass, failed {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -67,7 +67,7 @@ def unshare(plan: Plan) -> Rewritten:
     """Takes a plan apart into independent chains on the same noise: the naive work.
 
     Every childless node becomes the end of a chain of its own; a trained edge is repeated in each
-    chain through it. Credit by tree belongs to the shared plan: take it there and carry it over with
+    chain through it. Credit by tree belongs to the shared plan: take it there and carry it over by
     `origin`, since every chain here is a tree of its own.
     """
     rows = np.flatnonzero(plan.num_children == 0)
