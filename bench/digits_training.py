@@ -48,7 +48,7 @@ def train(recipe_name: str, seed: int, out: Path, budget: float) -> None:
         out,
         evaluate=task.evaluate,
         callbacks=[stop],
-        facts={"model": "digits", "options": preset.recipe},
+        facts={"model": "digits"},
         resume=True,
     )
     try:

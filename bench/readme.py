@@ -135,6 +135,8 @@ def render(text: str) -> str:
         begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
         before, rest = text.split(begin)
         after = rest.split(end)[1]
+        if not (RESULTS / file).exists():
+            sys.exit(f"readme: {RESULTS / file} must exist, got no such file; see bench/README.md")
         body = section(json.loads((RESULTS / file).read_text()))
         text = f"{before}{begin}\n{body}\n{end}{after}"
     return text

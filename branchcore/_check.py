@@ -38,6 +38,15 @@ def tensor(
         )
 
 
+def length(op: str, name: str, value: Any) -> int:
+    """Check that an argument is a tensor with an axis to count, and return its length."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dim() == 0:
+        raise ValueError(f"{op}: {name} must be ({', '.join(name.rpartition('_')[2])}), got ()")
+    return len(value)
+
+
 def matrix(op: str, name: str, value: Any) -> tuple[int, int]:
     """Check that the leading argument is a matrix and return its shape."""
     if not isinstance(value, Tensor):

@@ -81,6 +81,7 @@ def _check_roles(plan: Plan, noisy_leaves: bool) -> None:
     trained = plan.train
     _require(~trained | (s > 0), plan, "a trained edge must have s > 0", s)
     _require(~trained | (plan.parent >= 0), plan, "a trained edge must have a parent", plan.parent)
+    _require(~trained | (plan.update >= 0), plan, "update must be >= 0", plan.update)
     scored = ~trained | (below > 0) | (plan.row[:, 1] == 0)
     _require(scored, plan, "a trained edge must have a leaf below it", below)
     work = below + trained

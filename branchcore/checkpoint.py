@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,16 +53,18 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, group in tensors.items():
-        save_file(
-            {k: v.detach().contiguous().cpu() for k, v in group.items()}, _file(partial, name)
-        )
+        # a copy each: safetensors refuses tensors that share memory, such as tied weights
+        whole = {k: v.detach().cpu().contiguous().clone() for k, v in group.items()}
+        save_file(whole, _file(partial, name))
     text = json.dumps({"format": FORMAT, "iteration": iteration, **state}, indent=1)
     (partial / "state.json").write_text(text)
     for path in partial.iterdir():
         _sync(path)
+    old = out / f".old-{folder.name}"
     if folder.exists():
-        shutil.rmtree(folder)
+        os.replace(folder, old)
     os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
     _sync(out)
     found = sorted(p for p in out.glob("checkpoint-*") if _NAME.match(p.name))
     for old in found[:-keep]:
@@ -89,16 +91,40 @@ def load_state(folder: Path) -> dict[str, Any]:
         ValueError: not a checkpoint of this format, or damaged.
     """
     path = folder / "state.json"
+    state = read_json(path)
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint: {path} must have format {FORMAT!r}, got {state.get('format')!r}"
+        )
+    require(path, state, iteration=int)
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        ValueError: missing, damaged, or something else than an object.
+    """
     if not path.is_file():
-        raise ValueError(f"checkpoint: {folder} must hold state.json, got no such file")
+        raise ValueError(f"checkpoint: {path.parent} must hold {path.name}, got no such file")
     try:
-        state = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"checkpoint: {path} must be JSON, got damaged text ({error})") from error
-    found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"checkpoint: {path} must have format {FORMAT!r}, got {found!r}")
-    return cast("dict[str, Any]", state)
+    if not isinstance(value, dict):
+        raise ValueError(f"checkpoint: {path} must hold an object, got {type(value).__name__}")
+    return cast("dict[str, Any]", value)
+
+
+def require(path: Path, state: Mapping[str, Any], **kinds: Any) -> None:
+    """Raises ValueError unless the state has these entries; a kind is a type, or (type, None)."""
+    for name, kind in kinds.items():
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        value = state.get(name, ...)
+        if not any(value is None if k is None else isinstance(value, k) for k in allowed):
+            got = "nothing" if value is ... else repr(value)
+            raise ValueError(f"checkpoint: {path} must have a {name}, got {got}")
 
 
 def load_tensors(folder: Path, name: str, like: Mapping[str, Tensor] | None = None) -> Tensors:
@@ -144,6 +170,24 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """Returns the optimizer's per-parameter tensors as `index.name`."""
     state = cast("dict[int, dict[str, Tensor]]", optimizer.state_dict()["state"])
     return {f"{i}.{name}": t for i, values in state.items() for name, t in values.items()}
+
+
+def load_moments(folder: Path, parameters: Sequence[Tensor]) -> Tensors:
+    """Reads the optimizer's tensors and checks that they belong to these parameters.
+
+    Raises:
+        ValueError: missing, damaged, or of other parameters.
+    """
+    tensors = load_tensors(folder, "optimizer")
+    # a parameter that never had a gradient has no moments
+    found = {i for i in range(len(parameters)) if f"{i}.exp_avg" in tensors}
+    like = {
+        f"{i}.{name}": torch.zeros(()) if name == "step" else parameters[i]
+        for i in found or range(len(parameters))
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    }
+    check_like(_file(folder, "optimizer"), tensors, like)
+    return tensors
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -80,7 +80,7 @@ def _explain(_args: argparse.Namespace) -> None:
 
 def _task(name: str, **options: Any) -> Any:
     if name not in TASKS:
-        raise ValueError(f"model must be from {tuple(TASKS)}, got {name!r}")
+        raise ValueError(f"--model must be from {tuple(TASKS)}, got {name!r}")
     module, attribute = TASKS[name]
     return getattr(importlib.import_module(module), attribute)(**options)
 
@@ -91,7 +91,7 @@ def settings(texts: Sequence[str], recipe: str) -> tuple[dict[str, Any], dict[st
     Values are JSON; what is not JSON is taken as a string.
     """
     fields = {f.name for f in dataclasses.fields(TrainerConfig)}
-    options = set(recipes.RECIPES[recipe].__kwdefaults__ or {})
+    options = set(recipes.options_of(recipe))
     chosen: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for text in texts:
         name, equals, value = text.partition("=")
@@ -109,11 +109,9 @@ def settings(texts: Sequence[str], recipe: str) -> tuple[dict[str, Any], dict[st
 
 
 def _train(args: argparse.Namespace) -> None:
-    if args.recipe not in recipes.RECIPES:
-        raise ValueError(f"recipe must be from {tuple(recipes.RECIPES)}, got {args.recipe!r}")
+    options, fields = settings(args.set, args.recipe)
     task = _task(args.model)
     preset = task.presets[args.recipe]
-    options, fields = settings(args.set, args.recipe)
     options = preset.recipe | options
     fields = preset.trainer | {"seed": args.seed} | fields
     if args.iterations is not None:
@@ -134,7 +132,7 @@ def _train(args: argparse.Namespace) -> None:
         args.out,
         evaluate=task.evaluate,
         callbacks=[redraw],
-        facts={"model": args.model, "options": options},
+        facts={"model": args.model},
         resume=args.resume,
     )
     _introduce(trainer, recipe, options)
@@ -170,7 +168,7 @@ def weights_file(path: Path) -> Path:
         return path
     folder = path if (path / "state.json").is_file() else checkpoint.latest(path)
     if folder is None:
-        raise ValueError(f"weights must be a run, a checkpoint or a file, got {path}")
+        raise ValueError(f"--weights must be a run, a checkpoint or a file, got {path}")
     average = folder / "ema.safetensors"
     return average if average.is_file() else folder / "model.safetensors"
 

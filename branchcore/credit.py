@@ -6,12 +6,23 @@ Groups are named by columns of the plan, see `Plan.group`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from branchcore.plan import Ints, Plan
 
 Floats = NDArray[np.float64]
+
+
+class EdgeCredit(NamedTuple):
+    """What an edge is worth."""
+
+    advantage: Floats
+    """(M, 2) non-negative columns (A+, A-), clipped: what the objective minimises with."""
+    value: Floats
+    """(M,) weighted sum of the advantages, not clipped: what pruners rank by."""
 
 
 def standardize(
@@ -40,6 +51,11 @@ def standardize(
 
     Source: BranchGRPO eq. 4 and `compute_depthwise_advantages`; DanceGRPO, Flow-GRPO.
     """
+    if values_nR.ndim != 2 or np.shape(group_n) != (len(values_nR),):
+        raise ValueError(
+            f"standardize: values_nR must be (n, R) and group_n (n,), got {values_nR.shape} and "
+            f"{np.shape(group_n)}"
+        )
     out = np.zeros_like(values_nR, dtype=np.float64)
     rows = np.arange(len(values_nR)) if among is None else np.flatnonzero(among)
     if not len(rows):
@@ -135,8 +151,8 @@ def edge_values(plan: Plan, node_values_MR: Floats) -> Floats:
 
 def split_sign(
     advantage_MR: Floats, reward_weight_R: Floats, *, clip: float = 5.0, separate: bool = False
-) -> Floats:
-    """Combines the rewards into (M, 2) non-negative columns (A+, A-).
+) -> EdgeCredit:
+    """Combines the rewards into two non-negative columns (A+, A-).
 
     The objective is `-A+ min(r, clip r) + A- max(r, clip r)`; separate clipped losses per reward
     collapse into it exactly with A+ = sum_r w_r max(A_r, 0).
@@ -158,4 +174,5 @@ def split_sign(
         parts, scale = np.clip(advantage_MR, -clip, clip), weight
     else:
         parts, scale = np.clip(advantage_MR @ weight, -clip, clip)[:, None], np.ones(1)
-    return np.stack([np.maximum(parts, 0.0) @ scale, np.maximum(-parts, 0.0) @ scale], axis=1)
+    columns = [np.maximum(parts, 0.0) @ scale, np.maximum(-parts, 0.0) @ scale]
+    return EdgeCredit(np.stack(columns, axis=1), advantage_MR @ weight)

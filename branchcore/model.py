@@ -62,6 +62,8 @@ def call_velocity(
 ) -> Tensor:
     """Calls the model on flat states and returns the flat velocity, (N, D).
 
+    bf16 and fp32 velocities stay as they are, fp16 becomes fp32; fp64 states make them fp64.
+
     Raises:
         ValueError: the model returned another shape.
         TypeError: the model returned something else than a float tensor.
@@ -74,4 +76,7 @@ def call_velocity(
         raise TypeError(f"{call.__name__}: result must be a float tensor, got {got}")
     if tuple(v.shape) != shape:
         raise ValueError(f"{call.__name__}: result must be {shape}, got {tuple(v.shape)}")
-    return v.reshape(len(x_ND), -1)
+    v = v.reshape(len(x_ND), -1)
+    if x_ND.dtype == torch.float64:
+        return v.double()
+    return v if v.dtype in (torch.float32, torch.bfloat16) else v.float()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-LATENT, RECIPE, COIN = 0, 1, 2
+LATENT, RECIPE = 0, 1
 NO_STREAM = -1
 
 
@@ -39,7 +39,7 @@ def host_generator(
         seed: seed of the run.
         iteration: training iteration.
         uid: global sample position of the prompt, the same on any number of ranks.
-        purpose: what the numbers are for: RECIPE (windows, subsets) or COIN (pruning).
+        purpose: what the numbers are for; RECIPE = windows, random subsets, prompt order.
 
     Source: numpy's Philox4x64-10; its stream is unrelated to the latents' Philox4x32-10.
     """

@@ -185,8 +185,14 @@ class Plan:
 
     def select(self, prompts: Sequence[int]) -> Plan:
         """Returns the plan of some prompts, renumbered 0..len(prompts) - 1 in the given order."""
+        chosen = np.asarray(prompts, dtype=np.int64)
+        distinct = len(np.unique(chosen)) == len(chosen) > 0
+        if not distinct or chosen.min() < 0 or chosen.max() >= self.num_prompts:
+            raise ValueError(
+                f"select: prompts must be distinct in 0..{self.num_prompts - 1}, got {prompts}"
+            )
         rank = np.full(self.num_prompts, -1)
-        rank[np.asarray(prompts, dtype=np.int64)] = np.arange(len(prompts))
+        rank[chosen] = np.arange(len(chosen))
         return self.take(np.flatnonzero(rank[self.prompt] >= 0), prompt=rank[self.prompt])
 
     def take(self, rows: Ints, **replaced: NDArray[Any]) -> Plan:

@@ -31,8 +31,9 @@ def last_split(plan: Plan) -> Ints:
 
 
 def _chain_head(plan: Plan) -> Ints:
-    """(M,) the child of the last split at or above every node, -1 above the last split."""
-    head = np.where(plan.depth == last_split(plan) + 1, np.arange(len(plan)), -1)
+    """(M,) the child of the last split at or above every node, -1 above it and without a split."""
+    split = last_split(plan)
+    head = np.where((split >= 0) & (plan.depth == split + 1), np.arange(len(plan)), -1)
     for lo, hi in plan.levels()[1:]:
         above = head[plan.parent[lo:hi]]
         head[lo:hi] = np.where(above >= 0, above, head[lo:hi])
@@ -52,7 +53,7 @@ def parent_top1(plan: Plan, value_M: Floats) -> Floats:
     children = np.flatnonzero(head == np.arange(len(plan)))
     order = children[np.lexsort((children, -value_M[children], plan.parent[children]))]
     winner = np.zeros(len(plan), dtype=bool)
-    winner[order[np.append(True, np.diff(plan.parent[order]) != 0)]] = True
+    winner[order[np.unique(plan.parent[order], return_index=True)[1]]] = True
     below = (head >= 0) & (head != np.arange(len(plan)))
     return np.where(below & ~winner[np.maximum(head, 0)], 0.0, 1.0)
 
@@ -86,6 +87,26 @@ def extremes(plan: Plan, value_M: Floats, *, share: float = 0.5, pool: str = "tr
     return np.where(below & ~kept[np.maximum(head, 0)], 0.0, 1.0)
 
 
+def first_steps(plan: Plan, *, share: float = 0.5) -> Floats:
+    """Keeps, below the last split, the first steps of every chain.
+
+    This is what BranchGRPO's released code does under the name of width pruning, mode 1: a chain's
+    edges have equal advantages, so its stable sort keeps the first half. Biased.
+
+    Args:
+        plan: the trees.
+        share: part of a chain's trained steps that stays, at least one step; in (0, 1].
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"first_steps: share must be in (0, 1], got {share}")
+    split = last_split(plan)
+    past = np.where(split >= 0, plan.depth - split - 1, 0)
+    longest = np.zeros(len(plan), dtype=np.int64)
+    np.maximum.at(longest, plan.tree, np.where(plan.train, past, 0))
+    kept = np.maximum(1, (longest * share).astype(np.int64))[plan.tree]
+    return np.where(past > kept, 0.0, 1.0)
+
+
 def depth_window(plan: Plan, depths: Ints) -> Floats:
     """Drops the edges whose child depth is in `depths`.
 
@@ -101,7 +122,8 @@ def slide(
 
     Args:
         depths: child depths pruned at first.
-        iteration: 1-based, as the released code counts.
+        iteration: from 0; the window first moves at iteration interval - 1, since the released
+            code counts from 1.
         interval: iterations per move; 30 in BranchGRPO.
         stop: the shallowest depth of the window never passes it (towards the root, the released
             code), or the deepest (towards the leaves, the paper).
@@ -111,7 +133,7 @@ def slide(
         raise ValueError(f"slide: interval must be at least 1, got {interval}")
     depths = np.asarray(depths, dtype=np.int64)
     room = stop - int(depths.max()) if towards_leaves else int(depths.min()) - stop
-    shift = min(iteration // interval, max(0, room))
+    shift = min((iteration + 1) // interval, max(0, room))
     return depths + (shift if towards_leaves else -shift)
 
 

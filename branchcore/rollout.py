@@ -50,8 +50,9 @@ def rollout(
         max_batch: rows of a model call at most; None = a whole wave.
         keep_velocity: store the velocities of trained nodes as v_old; None = if the plan has later
             updates, which need them.
-        given: (num_given, D) states of `Tree.given` roots, prompt by prompt in plan order.
-        dtype: of the states; float32 (bf16 rounding would move the ratio), float64 in tests.
+        given: (num_prompts, n, D) states of `Tree.given` roots; a root takes the row that its
+            stream names, so that sharing and dead roots do not move it.
+        dtype: of the states; float32 (bf16 rounding would move the ratio), or float64 in tests.
         device: where the model lives.
 
     Returns:
@@ -59,8 +60,13 @@ def rollout(
 
     Raises:
         ValueError: uids, given states or the model's result have the wrong shape.
+        TypeError: dtype, or the model's result is no float tensor.
         FloatingPointError: a velocity is NaN or Inf; names node, sigma and prompt.
     """
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"rollout: dtype must be float32 or float64, got {dtype}")
+    if tape < 0:
+        raise ValueError(f"rollout: tape must be >= 0 nodes, got {tape}")
     keep_velocity = plan.num_updates > 1 if keep_velocity is None else keep_velocity
     on_tape = np.zeros(len(plan), dtype=bool)
     on_tape[np.unique(plan.action[plan.trained(0)])[:tape]] = True
@@ -162,12 +168,18 @@ class _Run:
         lo, hi = self.plan.levels()[0]
         is_given = self.plan.row[lo:hi, 3] == 0.0
         x = ops.philox_normal(noise_rows(self.forest.noise, lo, hi), self.num_elements, self.dtype)
-        shape = (int(is_given.sum()), self.num_elements) if is_given.any() else None
+        if given is None and not is_given.any():
+            return x
+        rows = lo + np.flatnonzero(is_given)
+        prompt, row = self.plan.prompt[rows], self.plan.stream[rows, 0]
+        needed = (self.plan.num_prompts, int(row.max(initial=-1)) + 1, self.num_elements)
         got = None if given is None else tuple(given.shape)
-        if got != shape:
-            raise ValueError(f"rollout: given must be {shape}, got {got}")
-        if given is not None:
-            x[torch.from_numpy(is_given).to(x.device)] = given.to(x)
+        fits = got is not None and len(got) == 3 and got[::2] == needed[::2] and got[1] >= needed[1]
+        if given is None or not is_given.any() or not fits:
+            wanted = f"{needed} or more rows" if is_given.any() else "None without given roots"
+            raise ValueError(f"rollout: given must be {wanted}, got {got}")
+        index = upload([rows - lo, prompt, row], x.device)
+        x[index[0]] = given.to(x)[index[1], index[2]]
         return x
 
     def evaluate(self, wave: _Wave, x: Tensor) -> Tensor | None:
@@ -220,6 +232,8 @@ class _Run:
 
     def check_finite(self) -> None:
         """Raises for the first node whose velocity was not finite: the rollout's only sync."""
+        if not self.bad:
+            return
         bad = torch.cat([flags for _, flags in self.bad]).cpu().numpy()
         if bad.any():
             nodes = np.concatenate([n for n, _ in self.bad])[bad]

@@ -14,8 +14,10 @@ from branchcore import checkpoint
 class RunFolder:
     """Opens a folder for a new run, or for the same run to go on.
 
+    Nothing is written before the first row is logged: a run that cannot start leaves no trace.
+
     Args:
-        out: folder; created if it is not there.
+        out: folder; created with the first row.
         identity: JSON-serialisable facts that name the run; must agree on resume.
         resume: continue what is there; a folder without a run is a fresh start.
 
@@ -35,22 +37,28 @@ class RunFolder:
                     f"run: out must be a new folder, got {self.path} with another run; "
                     "try --resume or another folder"
                 )
-            check_same(name, json.loads(name.read_text()) if name.exists() else {}, self.identity)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(name, json.dumps(self.identity, indent=1) + "\n")
+            check_same(name, checkpoint.read_json(name), self.identity)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Appends one row to metrics.jsonl."""
+        if not (self.path / "run.json").exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path / "run.json", json.dumps(self.identity, indent=1) + "\n")
         with self.log_path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
     def forget_after(self, iteration: int) -> None:
         """Drops the rows past an iteration, and a last row cut short: they will be made again."""
-        lines = (
-            self.log_path.read_text().splitlines(keepends=True) if self.log_path.exists() else []
-        )
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["iteration"] <= iteration]
+        if not self.log_path.exists():
+            return
+        lines = self.log_path.read_text().splitlines(keepends=True)
+        try:
+            rows = [(line, json.loads(line)["iteration"]) for line in lines if line.endswith("\n")]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"run: {self.log_path} must hold one JSON row per iteration, got {error!r}"
+            ) from error
+        kept = [line for line, done in rows if done <= iteration]
         write_whole(self.log_path, "".join(kept if iteration else []))
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from branchcore.credit import Floats
+from branchcore.credit import EdgeCredit, Floats
 from branchcore.forest import Forest
 from branchcore.gradient import Statistics, gradient
 from branchcore.model import Model, VelocityModel
@@ -28,8 +28,8 @@ class Batch(NamedTuple):
     forest: Forest
     model: VelocityModel
     scores: Scores
-    advantage: Floats
-    """(M, 2) (A+, A-) of every edge."""
+    credit: EdgeCredit
+    """Advantages and value of every edge."""
     weight: Floats
     """(M,) edge weights, 0 = pruned."""
 
@@ -107,9 +107,9 @@ def collect(
     scores = score(reward, images, texts)
     weights = component_weights(scores.names, reward_weights)
     log_prob = forest.log_prob.double().cpu().numpy()
-    advantage = recipe.credit(plan, scores.values, weights, log_prob)
-    weight = recipe.prune(plan, advantage[:, 0] - advantage[:, 1], iteration + 1)
-    return Batch(forest, view, scores, advantage, weight)
+    credit = recipe.credit(plan, scores.values, weights, log_prob)
+    weight = recipe.prune(plan, credit.value, iteration)
+    return Batch(forest, view, scores, credit, weight)
 
 
 def accumulate(
@@ -124,7 +124,7 @@ def accumulate(
     return gradient(
         batch.forest,
         batch.model,
-        batch.advantage,
+        batch.credit.advantage,
         batch.weight,
         recipe.objective,
         update=update,

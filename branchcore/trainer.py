@@ -72,24 +72,37 @@ class TrainerConfig:
     """Iterations between evaluations."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "iterations",
-            "prompts_per_iteration",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "evaluate_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"TrainerConfig: {name} must be at least 1, got {getattr(self, name)}"
-                )
-        if not (self.lr > 0 and self.max_grad_norm > 0):
-            raise ValueError(
-                "TrainerConfig: lr and max_grad_norm must be positive, "
-                f"got {self.lr} and {self.max_grad_norm}"
-            )
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"TrainerConfig: ema_decay must be in [0, 1), got {self.ema_decay}")
+        for name, (kind, low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole or (kind is float and isinstance(value, float))):
+                raise TypeError(f"TrainerConfig: {name} must be {kind.__name__}, got {value!r}")
+            if not low <= value <= high:
+                raise ValueError(f"TrainerConfig: {name} must be in [{low}, {high}], got {value}")
+        if len(self.betas) != 2 or not all(0.0 <= b < 1.0 for b in self.betas):
+            raise ValueError(f"TrainerConfig: betas must be two in [0, 1), got {self.betas}")
+
+
+_MOST, _TINY = 2**31 - 1, 1e-30
+_OPTIONAL = ("prompts_per_round", "max_batch", "tape", "ema_decay")
+_RANGES: dict[str, tuple[type, float, float]] = {
+    "iterations": (int, 1, _MOST),
+    "prompts_per_iteration": (int, 1, _MOST),
+    "prompts_per_round": (int, 1, _MOST),
+    "max_batch": (int, 1, _MOST),
+    "tape": (int, 0, _MOST),
+    "seed": (int, 0, 2**32 - 1),
+    "lr": (float, _TINY, 1e3),
+    "eps": (float, _TINY, 1.0),
+    "weight_decay": (float, 0.0, 1e3),
+    "max_grad_norm": (float, _TINY, float("inf")),
+    "ema_decay": (float, 0.0, 1.0 - 1e-9),
+    "checkpoint_every": (int, 1, _MOST),
+    "keep_checkpoints": (int, 1, _MOST),
+    "evaluate_every": (int, 1, _MOST),
+}
 
 
 class Trainer:
@@ -104,7 +117,7 @@ class Trainer:
         out: folder of the run.
         evaluate: held-out measures of the model (EMA weights if there are), by name.
         callbacks: called with every iteration's metrics, after they are logged.
-        facts: what else identifies the run (recipe options, model); must agree on resume.
+        facts: what else identifies the run (the model, say); must agree on resume.
         resume: continue the run in `out` from its newest whole checkpoint.
 
     Raises:
@@ -145,7 +158,7 @@ class Trainer:
         settings = dataclasses.asdict(config)
         text = "\n".join(self.prompts).encode()
         identity = {
-            "recipe": recipe.name,
+            "recipe": {"name": recipe.name, **recipe.options},
             "prompts": {"count": len(self.prompts), "sha256": hashlib.sha256(text).hexdigest()},
             "config": {k: v for k, v in settings.items() if k not in _FREE_TO_CHANGE},
             "facts": dict(facts or {}),
@@ -159,14 +172,18 @@ class Trainer:
     def run(self) -> None:
         """Trains to the configured number of iterations."""
         todo = range(self.iteration, self.config.iterations)
+        first: Metrics = {}
         if self.iteration == 0 and self.evaluate is not None:
-            self._log({"iteration": 0, **self._evaluation()})
+            first = {"iteration": 0, **self._evaluation()}
         with tqdm(todo, initial=self.iteration, total=self.config.iterations, unit="it") as bar:
             for _ in bar:
                 metrics = self.step()
                 last = self.iteration == self.config.iterations
                 if self.evaluate and (last or self.iteration % self.config.evaluate_every == 0):
                     metrics |= self._evaluation()
+                if first:
+                    self._log(first)
+                    first = {}
                 self._log(metrics)
                 if last or self.iteration % self.config.checkpoint_every == 0:
                     self.save()
@@ -175,11 +192,12 @@ class Trainer:
     def step(self) -> Metrics:
         """Runs one iteration and returns its metrics."""
         cpu, wall = time.process_time(), time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
         batches, total = self._first_update()
-        norms = [self._optimizer_step()]
+        norms = [self._optimizer_step(0)]
         for update in range(1, self.recipe.updates):
             total = total.plus(self._update(batches, update))
-            norms.append(self._optimizer_step())
+            norms.append(self._optimizer_step(update))
         if self.ema is not None:
             self.ema.update()
         self.iteration += 1
@@ -253,12 +271,12 @@ class Trainer:
             total = total.plus(accumulate(batch, self.recipe, update=update, **limits))
         return total
 
-    def _optimizer_step(self) -> torch.Tensor:
+    def _optimizer_step(self, update: int) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise FloatingPointError(
                 f"Trainer: gradient norm must be finite, got {float(norm)} at iteration "
-                f"{self.iteration}; no weight was changed"
+                f"{self.iteration}, update {update}; this update changed no weight"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -297,9 +315,10 @@ class Trainer:
     def _restore(self, newest: Path) -> None:
         state = checkpoint.load_state(newest)
         check_same(newest, state, self.folder.identity)
+        checkpoint.require(newest / "state.json", state, cpu_s=float, noise_floor=(float, None))
         module = self.model.module
         weights = checkpoint.load_tensors(newest, "model", like=module.state_dict())
-        moments = checkpoint.load_tensors(newest, "optimizer")
+        moments = checkpoint.load_moments(newest, self.parameters)
         if self.ema is not None:
             ema = checkpoint.load_tensors(newest, "ema", like=module.state_dict())
             self.ema.load(ema, updates=int(state["iteration"]))

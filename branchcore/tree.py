@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from branchcore.passes import prune_dead, share
 from branchcore.plan import Columns, Ints, Plan, column_names, from_columns
@@ -52,7 +52,7 @@ class Tree:
         """Adds root nodes whose states the caller hands to `rollout(given=...)`.
 
         Args:
-            num_roots: how many; node j takes row j of the prompt's given states.
+            num_roots: how many; the j-th takes given[prompt, j], counted over all calls.
             sigma: their noise level.
         """
         rows = np.arange(num_roots) + sum(
@@ -127,6 +127,24 @@ class Tree:
         self._leaf.update(dict.fromkeys(x.tolist(), label))
         return x
 
+    def deal_updates(self, num_updates: int, rng: np.random.Generator) -> None:
+        """Deals all trained edges out at random, equally, to optimizer updates.
+
+        Source: BranchGRPO's released loop, which steps every 12 edges of a shuffled list.
+        """
+        train = np.concatenate([block["train"] for block in self._blocks])
+        update = np.zeros(len(train), dtype=np.int64)
+        count = int(train.sum())
+        if not 1 <= num_updates <= count:
+            raise ValueError(
+                f"deal_updates: num_updates must be in 1..{count}, the trained edges of a tree, "
+                f"got {num_updates}"
+            )
+        update[train] = rng.permutation(np.arange(count) * num_updates // count)
+        bounds = np.cumsum([len(block["train"]) for block in self._blocks])[:-1]
+        for block, part in zip(self._blocks, np.split(update, bounds), strict=True):
+            block["update"] = part
+
     def plan(self, *, merge: bool = True, noisy_leaves: bool = False) -> Plan:
         """Returns the validated plan: sorted, dead nodes dropped, equal nodes merged.
 
@@ -147,10 +165,6 @@ class Tree:
         columns["label"][leaves] = list(self._leaf.values())
         plan = prune_dead(from_columns(columns).plan)
         return (share(plan) if merge else plan).validate(noisy_leaves=noisy_leaves)
-
-    def sigma_of(self, x: ArrayLike) -> NDArray[np.float64]:
-        """Returns the noise levels of nodes."""
-        return self._sigma[np.asarray(x, dtype=np.int64)]
 
     def _row(self, node: int, sigma: float, step: Step) -> tuple[float, ...]:
         above = int(self._parent[node])

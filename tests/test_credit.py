@@ -170,8 +170,9 @@ def test_statistics_ignore_deterministic_siblings():
     rewards = np.zeros((3, 1))
     rewards[:, 0] = [1.0, 3.0, 50.0]
     got = depth_credit()(plan, rewards, np.ones(1), np.zeros(len(plan)))
-    np.testing.assert_allclose(got[plan.train], [[0, 0.70710677], [0.70710677, 0]], atol=1e-6)
-    assert not got[~plan.train].any()
+    advantage = got.advantage
+    np.testing.assert_allclose(advantage[plan.train], [[0, 0.70710677], [0.70710677, 0]], atol=1e-6)
+    assert not advantage[~plan.train].any()
 
 
 def test_separate_losses_collapse_into_two_columns(rng):
@@ -183,11 +184,14 @@ def test_separate_losses_collapse_into_two_columns(rng):
         w * np.maximum(-a.clip(-5, 5) * ratio, -a.clip(-5, 5) * clipped)
         for w, a in zip(weight, advantage.T, strict=True)
     )
-    collapsed = -both[:, 0] * np.minimum(ratio, clipped) + both[:, 1] * np.maximum(ratio, clipped)
+    plus, minus = both.advantage.T
+    collapsed = -plus * np.minimum(ratio, clipped) + minus * np.maximum(ratio, clipped)
     np.testing.assert_allclose(collapsed, separate, atol=1e-14)
     summed = credit.split_sign(advantage, weight)
-    np.testing.assert_allclose(summed[:, 0] - summed[:, 1], (advantage @ weight).clip(-5, 5))
-    assert (summed.min(1) == 0).all()
+    plus, minus = summed.advantage.T
+    np.testing.assert_allclose(plus - minus, (advantage @ weight).clip(-5, 5))
+    np.testing.assert_array_equal(summed.value, advantage @ weight)
+    assert (summed.advantage.min(1) == 0).all()
 
 
 def test_flow_grpo_normalises_the_weighted_sum(rng):
@@ -198,7 +202,17 @@ def test_flow_grpo_normalises_the_weighted_sum(rng):
     )
     total = rewards @ weight
     wanted = (total - total.mean()) / (total.std() + 1e-4)
-    np.testing.assert_allclose((got[:, 0] - got[:, 1])[plan.leaf], wanted, atol=1e-12)
+    np.testing.assert_allclose(got.value[plan.leaf], wanted, atol=1e-12)
+
+
+def test_flow_grpo_global_std_is_the_whole_calls(rng):
+    recipe = recipes.flow_grpo(schedule.flow_match_euler(4), group=3, global_std=True)
+    plan = recipe.plan([0, 1], seed=0, iteration=0)
+    rewards = rng.normal(size=(6, 1)) * np.repeat([1.0, 10.0], 3)[plan.prompt[plan.leaf], None]
+    got = recipe.credit(plan, rewards, np.ones(1), np.zeros(len(plan))).value[plan.leaf]
+    owner = plan.prompt[plan.leaf]
+    means = np.array([rewards[owner == p].mean() for p in (0, 1)])
+    np.testing.assert_allclose(got, (rewards[:, 0] - means[owner]) / (rewards.std() + 1e-4))
 
 
 def test_spread_replaces_the_groups_own_std():
@@ -212,7 +226,13 @@ KEPT_TOP1 = 58 + 80
 
 @pytest.mark.parametrize(
     ("pruning", "kept"),
-    [("none", 218), ("parent_top1", KEPT_TOP1), ("extremes", KEPT_TOP1), ("depth", 138)],
+    [
+        ("none", 218),
+        ("parent_top1", KEPT_TOP1),
+        ("extremes", KEPT_TOP1),
+        ("depth", 138),
+        ("first_steps", 138),
+    ],
 )
 def test_golden_case_12_kept_edges(pruning, kept, rng):
     recipe = recipes.branch_grpo(SG20, last_step="sde", pruning=pruning)
@@ -238,8 +258,8 @@ def test_golden_case_12_depth_windows():
         weight = prune.depth_window(plan, np.array(depths))
         assert (weight[plan.train] == 0).sum() == removed
     base = np.array([15, 16, 17, 18])
-    for iteration, first in ((1, 15), (29, 15), (30, 14), (60, 13), (150, 10), (180, 9), (999, 9)):
-        got = prune.slide(base, iteration, interval=30, stop=9)
+    for official, first in ((1, 15), (29, 15), (30, 14), (60, 13), (150, 10), (180, 9), (999, 9)):
+        got = prune.slide(base, official - 1, interval=30, stop=9)
         np.testing.assert_array_equal(got, np.arange(first, first + 4))
     later = prune.slide(np.array([10, 11]), 45, interval=30, stop=20, towards_leaves=True)
     np.testing.assert_array_equal(later, [11, 12])
@@ -248,14 +268,52 @@ def test_golden_case_12_depth_windows():
 def test_extremes_pool_over_prompts_can_empty_one():
     recipe = recipes.branch_grpo(SG20)
     plan = recipe.plan([0, 1], seed=0, iteration=0)
-    value = np.where(plan.prompt == 0, 0.0, 1.0) + 1e-3 * np.arange(len(plan))
-    rank = value * np.where(plan.prompt == 1, np.where(plan.depth % 2 == 0, 1, 1), 0)
-    tree, call = prune.extremes(plan, value), prune.extremes(plan, rank, pool="call")
-    per_prompt = [int((tree[plan.leaf] > 0)[plan.prompt[plan.leaf] == p].sum()) for p in (0, 1)]
-    assert per_prompt == [8, 8]
-    assert int((call[plan.leaf] > 0).sum()) == 16
+    spread = np.where(np.arange(len(plan)) % 2 == 0, 10.0, -10.0)
+    value = np.where(plan.prompt == 0, 0.0, spread) + 1e-3 * np.arange(len(plan)) / len(plan)
+    kept = {}
+    for pool in ("tree", "call"):
+        leaves = prune.extremes(plan, value, pool=pool)[plan.leaf] > 0
+        kept[pool] = [int(leaves[plan.prompt[plan.leaf] == p].sum()) for p in (0, 1)]
+    assert kept == {"tree": [8, 8], "call": [0, 16]}
     with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 0"):
         prune.extremes(plan, value, share=0.0)
+
+
+def test_pruning_ranks_what_clipping_would_tie():
+    """Siblings beyond the advantage clip still differ: 256 leaves, rewards 9 and 10 among zeros."""
+    recipe = recipes.branch_grpo(SG20, branching=4, pruning="parent_top1")
+    plan = recipe.plan([0], seed=0, iteration=0)
+    rewards = np.zeros((256, 1))
+    rewards[4:6, 0] = 9.0, 10.0
+    credited = recipe.credit(plan, rewards, np.ones(1), np.zeros(len(plan)))
+    assert credited.advantage.max() == 5.0
+    kept = recipe.prune(plan, credited.value, 0)[plan.leaf]
+    np.testing.assert_array_equal(kept[4:8], [0, 1, 0, 0])
+
+
+@pytest.mark.parametrize("pruner", [prune.parent_top1, prune.extremes])
+def test_trees_without_a_split_keep_everything(pruner, rng):
+    plan = recipes.flow_grpo(SG20, group=3).plan([0, 1], seed=0, iteration=0)
+    assert pruner(plan, rng.normal(size=len(plan))).all()
+    assert prune.first_steps(plan).all()
+
+
+def test_depth_window_slides_as_the_paper_and_as_released():
+    paper = recipes.branch_grpo(SG20, pruning="depth", slide_interval=30)
+    released = recipes.branch_grpo(
+        SG20, pruning="depth", slide_interval=30, slide_towards="root", last_step="sde",
+        prune_depths=(15, 16, 17, 18),
+    )  # fmt: skip
+    for recipe, iteration, first in (
+        (paper, 0, 11),
+        (paper, 59, 13),
+        (paper, 9999, 15),
+        (released, 59, 13),
+        (released, 9999, 9),
+    ):
+        plan = recipe.plan([0], seed=0, iteration=0)
+        dropped = plan.depth[recipe.prune(plan, np.zeros(len(plan)), iteration) == 0]
+        assert dropped.min() == first, (iteration, first)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +352,12 @@ def test_pack_parents_keeps_every_edge_once(rng):
             lambda p: credit.split_sign(np.zeros((4, 2)), np.ones(3)),
             r"must be \(R,\) >= 0 with R=2",
         ),
+        (
+            lambda _: credit.standardize(np.zeros((3, 1)), np.zeros(2)),
+            r"group_n \(n,\), got \(3, 1\)",
+        ),
+        (lambda p: p.select([0, 0]), r"prompts must be distinct in 0..0, got \[0, 0\]"),
+        (lambda p: p.select([5]), r"prompts must be distinct in 0..0, got \[5\]"),
         (lambda p: p.group(("step",)), "columns must be from .*got 'step'"),
     ],
 )

@@ -113,4 +113,24 @@ def test_case_15_rounding_after_the_log_prob_moves_the_ratio():
     old_then_round = ops.sde_log_prob(x, v, sample, row, ONE)
     on_stored = ops.sde_log_prob(x, v, stored, row, ONE)
     assert -2e-3 < float(torch.expm1(on_stored - old_then_round)) < -5e-4
-    assert float(ops.sde_log_prob(x, v, stored, row, ONE) - on_stored) == 0.0
+
+
+class HalfPrecision(ExactGaussian):
+    """A model that answers in bf16, as big ones do."""
+
+    def velocity(self, x, sigma, prompt):
+        return super().velocity(x, sigma, prompt).bfloat16()
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, None])
+def test_case_15_our_ratio_is_one_with_bf16_velocities(max_batch):
+    plan = recipes.branch_grpo(SG).plan([0], seed=0, iteration=0)
+    model = HalfPrecision()
+    forest = rollout(plan, model, [0], seed=0, max_batch=max_batch, keep_velocity=True)
+    assert forest.x.dtype == torch.float32
+    nodes = np.unique(plan.action[plan.trained()])
+    x, sigma = forest.states(nodes), torch.from_numpy(plan.sigma[nodes]).float()
+    again = model.velocity(x, sigma, None)
+    stored = forest.velocity[torch.from_numpy(forest.slot[nodes])]
+    dots = ops.edge_dots(again, stored)
+    assert float(dots.q_N.max()) == 0.0

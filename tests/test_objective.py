@@ -32,7 +32,7 @@ def setting(name):
     plan = recipe.plan([4, 9], seed=5, iteration=3)
     rng = np.random.default_rng(1)
     rewards = rng.normal(size=(int(plan.leaf.sum()), 2))
-    advantage = recipe.credit(plan, rewards, np.array([1.0, 0.5]), np.zeros(len(plan)))
+    advantage = recipe.credit(plan, rewards, np.array([1.0, 0.5]), np.zeros(len(plan))).advantage
     weight = rng.choice([0.0, 1.0, 2.5], size=len(plan))
     return recipe, plan, advantage, weight
 
@@ -183,7 +183,7 @@ def test_dead_weight_costs_no_forward_golden_cases_13_and_19(toy):
         model = toy()
         forest = rollout(plan, model, [0], seed=0, tape=tape, **F64)
         rewards = forest.leaves.mean(1, keepdim=True).numpy()
-        advantage = recipe.credit(plan, rewards, np.ones(1), np.zeros(len(plan)))
+        advantage = recipe.credit(plan, rewards, np.ones(1), np.zeros(len(plan))).advantage
         model.rows.clear()
         stats = gradient(forest, model, advantage, np.ones(len(plan)), recipe.objective)
         silent = plan.depth <= (9 if splits[0] == 9 else 0)
@@ -228,8 +228,8 @@ def test_sibling_permutation_and_reward_sign_golden_case_20(toy):
     forest = rollout(plan, model, [1], seed=0, **F64)
     rewards = forest.leaves.mean(1, keepdim=True).numpy()
     nothing = np.zeros(len(plan))
-    plus = recipe.credit(plan, rewards, np.ones(1), nothing)
-    minus = recipe.credit(plan, -rewards, np.ones(1), nothing)
+    plus = recipe.credit(plan, rewards, np.ones(1), nothing).advantage
+    minus = recipe.credit(plan, -rewards, np.ones(1), nothing).advantage
     np.testing.assert_array_equal(plus, minus[:, ::-1])
     ones = np.ones(len(plan))
     gradient(forest, model, plus, ones, recipe.objective)
@@ -240,7 +240,8 @@ def test_sibling_permutation_and_reward_sign_golden_case_20(toy):
     swapped = dataclasses.replace(plan, stream=plan.stream[mirror])
     model.zero_grad()
     forest = rollout(swapped, model, [1], seed=0, **F64)
-    again = recipe.credit(swapped, forest.leaves.mean(1, keepdim=True).numpy(), np.ones(1), nothing)
+    rewards = forest.leaves.mean(1, keepdim=True).numpy()
+    again = recipe.credit(swapped, rewards, np.ones(1), nothing).advantage
     np.testing.assert_allclose(again, plus[mirror], atol=1e-9)
     assert np.abs(again - plus).max() > 0.1
     gradient(forest, model, again, ones, recipe.objective)
@@ -263,21 +264,33 @@ def test_causality_golden_case_17(toy):
         np.testing.assert_array_equal(changed, below[plan.leaf])
 
 
-def test_score_of_amplified_noise_golden_case_16(toy):
-    """Sampled at std c s: the right density has score variance 1/(c s)^2, the official c^2/s^2."""
+@pytest.mark.parametrize(("density", "variance"), [(1.0, 16.0), (4.0, 1 / 16)])
+def test_score_of_amplified_noise_golden_case_16(density, variance, toy):
+    """Noise drawn at std 4 s: the official density (std s) has score variance 16/s^2, the right
+    one (std 4 s) has 1/(4 s)^2; both from the op's own gradient."""
     t = Tree()
     x = t.grow(t.roots(1), 0.9, dance_sde(0.3), children=2, amplify=4.0, train=True)
     t.leaf(t.grow(x, 0.0, euler))
     plan = t.plan()
-    d, s = 200_000, float(plan.row[1, 3])
-    model = type("Wide", (), {"latent_shape": (d,), "velocity": lambda _s, x, sigma, p: 0 * x})()
-    forest = rollout(plan, model, [0], seed=0)
-    eps = ops.philox_normal(noise_rows(forest.noise, 1, 2), d)[0]
-    official = eps / s
-    right = eps * s / (4.0 * s) ** 2
-    assert float(official.var()) == pytest.approx(16.0 / s**2, rel=0.02)
-    assert float(right.var()) == pytest.approx(1 / (4 * s) ** 2, rel=0.02)
-    assert abs(float(right.mean())) < 0.02 * float(right.std())
+    d = 100_000
+    model = type("Still", (), {"latent_shape": (d,), "velocity": lambda _s, x, *_: 0 * x})()
+    forest = rollout(plan, model, [0], seed=0, **F64)
+    root = ops.philox_normal(noise_rows(forest.noise, 0, 1), d, torch.float64)
+    row = torch.from_numpy(plan.row[1:3]).clone()
+    start, none = torch.tensor([0, 2]), torch.zeros(1, d, dtype=torch.float64)
+    noise = noise_rows(forest.noise, 1, 3)
+    child = ops.branch_step(root, none, row, start, noise).y_MD
+    v = none.clone().requires_grad_()
+    _, b, _, s = row[0].tolist()
+    row[:, 3] *= density
+    ops.sde_log_prob(root, v, child, row, start)[0].backward()
+    score = v.grad[0] * d / b
+    assert float(score.var()) == pytest.approx(variance / s**2, rel=0.02)
+    assert abs(float(score.mean())) < 0.02 * float(score.std())
+    dots = none.clone().requires_grad_()
+    ops.edge_dots(dots, None, start, noise).p_E[0].backward()
+    if density == 1.0:
+        torch.testing.assert_close(b / s * dots.grad, v.grad, rtol=1e-9, atol=1e-15)
 
 
 def test_later_updates_need_velocities_and_matching_edges_an_objective_of_their_own(toy):

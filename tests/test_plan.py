@@ -151,6 +151,40 @@ def test_updates_are_dealt_by_sample():
     assert first >= make("dance_grpo").counts().trained_parents
 
 
+def test_branch_edges_are_dealt_at_random_and_equally():
+    recipe = recipes.branch_grpo(SG20, updates=18)
+    plans = [recipe.plan([7, 8], seed=0, iteration=i) for i in (0, 0, 1)]
+    for a, b in ((0, 1),):
+        np.testing.assert_array_equal(plans[a].update, plans[b].update)
+    assert (plans[0].update != plans[2].update).any()
+    sizes = [len(plans[0].trained(u)) for u in range(18)]
+    assert sum(sizes) == 404
+    assert max(sizes) - min(sizes) <= 2
+    assert plans[0].counts().trained_parents > 374
+    with pytest.raises(ValueError, match=r"num_updates must be in 1..202, .* got 203"):
+        recipes.branch_grpo(SG20, updates=203).plan([0], seed=0, iteration=0)
+
+
+def test_a_recipe_may_depend_on_the_iteration_unless_it_says_not():
+    def grow(tree, iteration, rng):
+        x = tree.grow(tree.roots(2), 0.5, dance_sde(0.3), train=True, label=iteration)
+        tree.leaf(tree.grow(x, 0.0, euler), label=iteration)
+
+    recipe = recipes.Recipe(name="window", grow=grow, credit=None, objective=None)
+    assert [recipe.plan([0], seed=0, iteration=i).label.max() for i in (0, 5)] == [0, 5]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_recipes_remember_their_options(name):
+    builder, sigmas = BUILDERS[name]
+    recipe = builder(sigmas, kl=0.25)
+    assert recipe.options["kl"] == 0.25
+    assert recipe.options["sigmas"] == list(sigmas)
+    assert set(recipe.options) == {"sigmas", *recipes.options_of(name)}
+    with pytest.raises(TypeError, match=f"{name}: kl must be float, got 'a'"):
+        recipes.build(name, sigmas, kl="a")
+
+
 def corrupt(plan, **changes):
     columns = {k: v.copy() for k, v in columns_of(plan).items()}
     for name, (index, value) in changes.items():
@@ -161,31 +195,27 @@ def corrupt(plan, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parent": (5, 7)}, "row 5 .*parent must be an earlier row or -1, got 7|row 6 .*sorted"),
-        ({"parent": (40, 0)}, "row 40 .*parents must be sorted, got 0"),
+        ({"parent": (5, 7)}, r"row 6 .*parents must be sorted, got 4"),
+        ({"parent": (218, 218)}, r"row 218 .*parent must be an earlier row or -1, got 218"),
+        ({"parent": (40, 0)}, r"row 40 .*parents must be sorted, got 0"),
         ({"row": ((9, 1), -0.05)}, r"row 9 .*a \(1 - sigma_p\) - b \+ c must be 1 - sigma"),
         ({"row": ((9, 0), np.nan)}, r"row 9 .*must be finite"),
-        ({"row": ((9, 3), 0.0)}, r"row 9 .*must be >= sigma\^2"),
-        ({"row": ((219 - 16, 3), 0.5)}, "own stream must be set exactly where s > 0, got -1"),
+        ({"row": ((9, 3), 0.0)}, r"row 9 .*\(a sigma_p \+ b\)\^2 \+ s\^2 must be >= sigma\^2"),
+        ({"row": ((203, 3), 0.5)}, r"row 203 .*own stream must be set exactly where s > 0, got -1"),
         ({"sigma": (9, 1.5)}, r"row 9 .*sigma must be in \[0, 1\], got 1.5"),
-        ({"sigma": (9, 0.999)}, "row 9 .*sigma must decrease"),
-        ({"train": (0, True)}, "row 0 .*a trained edge must have a parent"),
-        ({"train": (218, True)}, "row 218 .*a trained edge must have s > 0, got 0.0"),
-        ({"leaf": (218, False)}, "row [0-9]+ .*a trained edge must have a leaf below it, got 0"),
-        ({"leaf": (100, True)}, "row 100 .*a leaf must be at sigma 0"),
-        ({"stream": ((9, 1), -1)}, "row 1[0-9]* .*|row 9 .*"),
-        ({"prompt": (218, 1)}, "row 218 .*a tree must stay in one prompt"),
+        ({"sigma": (9, 1.0)}, r"row 9 .*sigma must decrease along an edge with b != 0, got 1.0"),
+        ({"train": (0, True)}, r"row 0 .*a trained edge must have a parent"),
+        ({"train": (218, True)}, r"row 218 .*a trained edge must have s > 0, got 0.0"),
+        ({"update": (9, -1)}, r"row 9 .*update must be >= 0, got -1"),
+        ({"leaf": (218, False)}, r"row 58 .*a trained edge must have a leaf below it, got 0"),
+        ({"leaf": (100, True)}, r"row 100 .*a leaf must be at sigma 0"),
+        ({"stream": ((1, 1), -1)}, r"row 1 .*shared stream must be set exactly .*, got -1"),
+        ({"prompt": (218, 1)}, r"row 218 .*a tree must stay in one prompt"),
     ],
 )
 def test_tampered_plans_name_the_row(changes, message):
-    plan = make("branch_grpo")
-    if "stream" in changes:
-        changes = {"stream": ((1, 1), -1)}
-        message = "row 1 .*shared stream must be set exactly where mix1 != 0, got -1"
-    if changes.get("sigma") == (9, 0.999):
-        changes = {"sigma": (9, 1.0)}
     with pytest.raises(ValueError, match=message):
-        corrupt(plan, **changes).validate()
+        corrupt(make("branch_grpo"), **changes).validate()
 
 
 def test_row_check_sees_a_tenth_of_a_percent():
@@ -240,8 +270,11 @@ def test_plans_that_cannot_run():
         (lambda: recipes.branch_grpo(SG20, pruning="half"), "pruning must be from"),
         (lambda: recipes.branch_grpo(SG20, last_step="ode"), "last_step must be 'euler' or 'sde'"),
         (lambda: recipes.dance_grpo(SG20, fraction=0.01), "fraction must select 1 to 19 steps"),
-        (lambda: recipes.build("grpo", SG20), "recipe must be from .*got 'grpo'"),
-        (lambda: recipes.build("flow_grpo", SG20, splits=(1,)), r"options of .*\['splits'\]"),
+        (lambda: recipes.build("grpo", SG20), "name must be from .*got 'grpo'"),
+        (lambda: recipes.build("flow_grpo", SG20, splits=(1,)), r"options must .*\['splits'\]"),
+        (lambda: recipes.dance_grpo(SG20, updates=0), r"updates must be in 1..12, got 0"),
+        (lambda: recipes.dance_grpo(SG20, group=4, updates=20), r"updates must be in 1..4, got 20"),
+        (lambda: recipes.branch_grpo(SG20, updates=-1), r"updates must be at least 1, got -1"),
     ],
 )  # fmt: skip
 def test_recipes_refuse_what_cannot_run(build, message):

@@ -163,12 +163,57 @@ def test_split_rollout_with_given_roots_equals_the_whole(toy):
     second.leaf(second.chain(second.given(2, SG[3]), SG[4:], euler))
     exact = rollout(whole.plan(), toy(), [3], seed=2, **F64)
     start = rollout(first.plan(noisy_leaves=True), toy(), [3], seed=2, **F64)
-    rest = rollout(second.plan(), toy(), [3], seed=2, given=start.leaves, **F64)
+    rest = rollout(second.plan(), toy(), [3], seed=2, given=start.leaves[None], **F64)
     assert torch.equal(rest.leaves, exact.leaves)
-    with pytest.raises(ValueError, match=r"given must be \(2, 15\), got None"):
+    with pytest.raises(ValueError, match=r"given must be \(1, 2, 15\) or more rows, got None"):
         rollout(second.plan(), toy(), [3], seed=2, **F64)
-    with pytest.raises(ValueError, match=r"given must be None, got \(2, 15\)"):
+    with pytest.raises(ValueError, match=r"given must be None without given roots, got \(2, 15\)"):
         rollout(first.plan(noisy_leaves=True), toy(), [3], seed=2, given=start.leaves, **F64)
+
+
+def test_given_roots_keep_their_rows_when_some_are_dead_or_unshared(toy):
+    def tree(children):
+        t = Tree()
+        x = t.given(3, 0.5)
+        t.leaf(t.grow(t.grow(x[1:], 0.2, dance_sde(0.3), children=children), 0.0, euler))
+        return t.plan()
+
+    plan = passes.concat([tree(1), tree(2)])
+    given = torch.arange(2 * 3 * 15.0, dtype=torch.float64).view(2, 3, 15)
+    forest = rollout(plan, toy(), [0, 1], seed=0, given=given, **F64)
+    apart = passes.unshare(plan)
+    chains = rollout(apart.plan, toy(), [0, 1], seed=0, given=given, **F64)
+    rank = torch.from_numpy((np.cumsum(plan.leaf) - 1)[apart.origin[apart.plan.leaf]])
+    assert (chains.leaves - forest.leaves[rank]).abs().max() <= 1e-12
+    still = toy()
+    still.velocity = lambda x, sigma, prompt: 0 * x
+    t = Tree()
+    t.leaf(t.grow(t.given(3, 0.5)[1:], 0.0, euler))
+    quiet = rollout(t.plan(), still, [0], seed=0, given=given[:1], **F64)
+    assert torch.equal(quiet.leaves, given[0, 1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_velocities_of_any_float_dtype_run_on_fp32_states(dtype, toy):
+    plan = plan_of("branchcore")
+    whole = rollout(plan, toy(torch.float32), [4, 9], seed=5)
+    model = toy(torch.float32)
+    exact = model.velocity
+    model.velocity = lambda x, sigma, prompt: exact(x, sigma, prompt).to(dtype)
+    forest = rollout(plan, model, [4, 9], seed=5)
+    assert forest.x.dtype == torch.float32
+    assert (forest.leaves - whole.leaves).abs().max() < 0.1
+    with pytest.raises(TypeError, match="dtype must be float32 or float64, got"):
+        rollout(plan, model, [4, 9], seed=5, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="tape must be >= 0 nodes, got -1"):
+        rollout(plan, model, [4, 9], seed=5, tape=-1)
+
+
+def test_a_plan_of_roots_alone_needs_no_model():
+    t = Tree()
+    t.leaf(t.roots(3))
+    forest = rollout(t.plan(noisy_leaves=True), Broken(None), [0], seed=0)
+    assert forest.leaves.shape == (3, 15)
 
 
 def test_sibling_noise_golden_case_7(toy):

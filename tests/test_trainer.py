@@ -183,8 +183,36 @@ def test_a_broken_reward_stops_before_any_weight_changes(toy, tmp_path, kind, er
     with pytest.raises(error, match=message):
         trainer.run()
     assert torch.equal(weights(trainer), before)
-    assert checkpoint.latest(tmp_path / "run") is None
-    assert rows(tmp_path / "run") == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_iteration_leaves_no_gradient_behind(toy, tmp_path):
+    """The reward fails in the second round; the iteration done again equals one never failed."""
+    config = dataclasses.replace(CONFIG, prompts_per_round=1, iterations=1)
+    calls = []
+
+    def second_fails(images, prompts):
+        calls.append(0)
+        if len(calls) == 2:
+            raise OSError("gone")
+        return reward(images, prompts)
+
+    trainer = Trainer(toy(torch.float32), PROMPTS, second_fails, mix(), config, tmp_path / "a")
+    with pytest.raises(RuntimeError, match="raised OSError: gone"):
+        trainer.step()
+    again = trainer.step()
+    fresh = Trainer(toy(torch.float32), PROMPTS, reward, mix(), config, tmp_path / "b").step()
+    assert again["grad_norm"] == fresh["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"reward_weights": {"a": 1.0}}, {"reward_weights": {"mean": -1.0, "spread": 0.0}}]
+)
+def test_a_run_that_cannot_start_leaves_no_folder(toy, tmp_path, options):
+    with pytest.raises(ValueError, match="reward: weights must"):
+        run(toy, tmp_path / "run", dataclasses.replace(CONFIG, **options))
+    assert not (tmp_path / "run").exists()
+    assert run(toy, tmp_path / "run").iteration == 5
 
 
 def test_rewards_go_by_leaf_not_by_position():
@@ -216,8 +244,9 @@ def test_a_folder_with_another_run_is_refused(toy, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     with pytest.raises(ValueError, match=r"out must be a new folder, got .* with another run"):
         run(toy, tmp_path / "run")
-    with pytest.raises(ValueError, match="must be of a run with the same recipe, got branch_mix"):
-        run(toy, tmp_path / "run", recipe=recipes.flow_grpo(SG, group=4), resume=True)
+    for other in (recipes.flow_grpo(SG, group=4), mix(clip=0.5), mix(correlate=2.0)):
+        with pytest.raises(ValueError, match="must be of a run with the same recipe, got"):
+            run(toy, tmp_path / "run", recipe=other, resume=True)
     with pytest.raises(ValueError, match="must be of a run with the same config"):
         run(toy, tmp_path / "run", dataclasses.replace(CONFIG, lr=1.0), resume=True)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
@@ -240,6 +269,24 @@ def damage(folder, kind):
         model.unlink()
     if kind == "state":
         state.write_text(state.read_text()[:30])
+    if kind == "keys":
+        known = json.loads(state.read_text())
+        del known["cpu_s"]
+        state.write_text(json.dumps(known))
+    if kind == "list":
+        state.write_text("[1]")
+    if kind == "run":
+        (folder.parent / "run.json").write_text('{"recipe": ')
+    if kind == "log":
+        (folder.parent / "metrics.jsonl").write_text("not a row\n")
+    if kind == "moments":
+        checkpoint.save_file({"x": torch.zeros(2)}, folder / "optimizer.safetensors")
+    if kind == "moment shape":
+        moments = checkpoint.load_tensors(folder, "optimizer")
+        moments["0.exp_avg"] = moments["0.exp_avg"][:1].contiguous()
+        checkpoint.save_file(moments, folder / "optimizer.safetensors")
+    if kind == "no moments":
+        checkpoint.save_file({}, folder / "optimizer.safetensors")
     if kind == "format":
         state.write_text(json.dumps(json.loads(state.read_text()) | {"format": "other"}))
 
@@ -253,16 +300,24 @@ def damage(folder, kind):
         ("shape", r"0.weight must be \(24, 17\), got \(1, 17\)"),
         ("missing", "must hold model.safetensors, got no such file"),
         ("state", "must be JSON, got damaged text"),
+        ("keys", "must have a cpu_s, got nothing"),
+        ("list", "must hold an object, got list"),
+        ("run", "run.json must be JSON, got damaged text"),
+        ("log", "must hold one JSON row per iteration"),
+        ("moments", "must hold this model's 12 tensors, got 12 missing .* and 1 foreign"),
+        ("moment shape", r"0.exp_avg must be \(24, 17\), got \(1, 17\)"),
+        ("no moments", "must hold this model's 12 tensors, got 12 missing"),
         ("format", "must have format 'branchcore-checkpoint-1', got 'other'"),
     ],
 )
 def test_a_damaged_checkpoint_is_one_clear_error(toy, tmp_path, kind, message):
     run(toy, tmp_path / "run", dataclasses.replace(CONFIG, iterations=2))
     damage(checkpoint.latest(tmp_path / "run"), kind)
-    logged = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=message):
         run(toy, tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == logged
+    after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert after == before
 
 
 def test_a_crash_while_saving_leaves_the_last_whole_checkpoint(toy, tmp_path, monkeypatch):
@@ -298,7 +353,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(toy, tmp_path):
     trainer = Trainer(toy(torch.float32), PROMPTS, reward, mix(), CONFIG, tmp_path / "run")
     before = weights(trainer).clone()
     trainer.parameters[0].register_hook(lambda g: g * float("nan"))
-    with pytest.raises(FloatingPointError, match="norm must be finite, got nan at iteration 0"):
+    with pytest.raises(
+        FloatingPointError, match="must be finite, got nan at iteration 0, update 0"
+    ):
         trainer.run()
     assert torch.equal(weights(trainer), before)
 
@@ -306,14 +363,35 @@ def test_a_gradient_that_is_not_finite_changes_nothing(toy, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("iterations", 0, "iterations must be at least 1, got 0"),
-        ("lr", 0.0, "lr and max_grad_norm must be positive"),
-        ("ema_decay", 1.0, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ("iterations", 0, r"iterations must be in \[1, .*\], got 0"),
+        ("max_batch", 0, r"max_batch must be in \[1, .*\], got 0"),
+        ("tape", -1, r"tape must be in \[0, .*\], got -1"),
+        ("seed", 2**32, r"seed must be in \[0, 4294967295\], got 4294967296"),
+        ("lr", 0.0, r"lr must be in \[.*\], got 0.0"),
+        ("lr", float("nan"), r"lr must be in \[.*\], got nan"),
+        ("ema_decay", 1.0, r"ema_decay must be in \[0.0, .*\], got 1.0"),
+        ("betas", (0.9, 1.0), r"betas must be two in \[0, 1\), got \(0.9, 1.0\)"),
     ],
 )
 def test_config_refuses_bad_values(field, value, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr", "abc"), ("iterations", 2.5), ("seed", True)])
+def test_config_refuses_wrong_types(field, value):
+    with pytest.raises(TypeError, match=f"{field} must be (int|float), got {value!r}"):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_tied_weights_are_saved(toy, tmp_path):
+    model = toy(torch.float32)
+    model.module.register_parameter("tied", model.module[0].weight)
+    trainer = Trainer(model, PROMPTS, reward, mix(), CONFIG, tmp_path / "run")
+    trainer.step()
+    folder = trainer.save()
+    saved = checkpoint.load_tensors(folder, "model")
+    assert torch.equal(saved["tied"], saved["0.weight"])
 
 
 def test_frozen_modules_are_refused(toy, tmp_path):

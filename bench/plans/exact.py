@@ -43,8 +43,9 @@ def exact(
         scores = branchcore.score(task.reward, images, texts)
     with clock("advantage"):
         log_prob = forest.log_prob.double().cpu().numpy()
-        advantage = recipe.credit(plan, scores.values, np.ones(1), log_prob)
-        weight = recipe.prune(plan, advantage[:, 0] - advantage[:, 1], ITERATION + 1)
+        credit = recipe.credit(plan, scores.values, np.ones(1), log_prob)
+        advantage = credit.advantage
+        weight = recipe.prune(plan, credit.value, ITERATION)
     with clock("train"):
         stats = branchcore.gradient(
             forest,

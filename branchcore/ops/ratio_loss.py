@@ -41,7 +41,8 @@ def ratio_loss(
         of several rewards (DanceGRPO) add up to one.
     """
     op = "ratio_loss"
-    num_edges, num_nodes, device = len(p_E), len(q_N), p_E.device
+    num_edges, num_nodes = _check.length(op, "p_E", p_E), _check.length(op, "q_N", q_N)
+    device = p_E.device
     _check.tensor(op, "p_E", p_E, (num_edges,), _check.SCALAR, device)
     _check.tensor(op, "q_N", q_N, (num_nodes,), (p_E.dtype,), device)
     _check.tensor(op, "child_start", child_start, (num_nodes + 1,), _check.INDEX, device)

@@ -38,7 +38,7 @@ def sde_log_prob(
     """
     op = "sde_log_prob"
     num_parents, num_elements = _check.matrix(op, "x_ND", x_ND)
-    num_children = len(rows_M4)
+    num_children = _check.length(op, "rows_M4", rows_M4)
     shape, device, states = (num_parents, num_elements), x_ND.device, _check.states(x_ND)
     _check.tensor(op, "x_ND", x_ND, shape, states, device)
     _check.tensor(op, "v_ND", v_ND, shape, states, device)

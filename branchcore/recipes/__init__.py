@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from branchcore.recipes.branch_grpo import branch_grpo
 from branchcore.recipes.branch_mix import branch_mix
@@ -17,20 +19,37 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 }
 
 
-def build(name: str, sigmas: Sequence[float], **options: object) -> Recipe:
+def options_of(name: str) -> dict[str, Any]:
+    """Returns the options of a recipe and their defaults.
+
+    Raises:
+        ValueError: an unknown recipe.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipes: name must be from {tuple(RECIPES)}, got {name!r}")
+    parameters = inspect.signature(RECIPES[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def build(name: str, sigmas: Sequence[float], **options: Any) -> Recipe:
     """Builds a recipe by name.
 
     Raises:
         ValueError: an unknown recipe, or options it does not have.
+        TypeError: an option that must be a number or a flag is none.
     """
-    if name not in RECIPES:
-        raise ValueError(f"build: recipe must be from {tuple(RECIPES)}, got {name!r}")
-    builder = RECIPES[name]
-    known = builder.__kwdefaults__ or {}
+    known = options_of(name)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"build: options of {name} must be from {tuple(known)}, got {unknown}")
-    return builder(sigmas, **options)
+        raise ValueError(f"{name}: options must be from {tuple(known)}, got {unknown}")
+    for option, value in options.items():
+        default = known[option]
+        kinds = {bool: (bool,), int: (int,), float: (int, float)}.get(type(default))
+        flag = isinstance(value, bool) and not isinstance(default, bool)
+        if kinds is not None and (flag or not isinstance(value, kinds)):
+            wanted = type(default).__name__
+            raise TypeError(f"{name}: {option} must be {wanted}, got {value!r}")
+    return RECIPES[name](sigmas, **options)
 
 
 __all__ = [
@@ -42,4 +61,5 @@ __all__ = [
     "build",
     "dance_grpo",
     "flow_grpo",
+    "options_of",
 ]

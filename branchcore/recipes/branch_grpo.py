@@ -15,11 +15,12 @@ from branchcore.credit import Floats
 from branchcore.objective import Objective
 from branchcore.plan import Plan
 from branchcore.recipes.branching import check_splits, depth_credit, grow_branching, scaled_splits
-from branchcore.recipes.recipe import Prune, Recipe, check_sigmas
+from branchcore.recipes.recipe import Prune, Recipe, check_sigmas, check_updates, keeps_options
 from branchcore.steps import dance_sde
 from branchcore.tree import Tree
 
 
+@keeps_options
 def branch_grpo(
     sigmas: Sequence[float],
     *,
@@ -37,8 +38,10 @@ def branch_grpo(
     prune_share: float = 0.5,
     prune_pool: str = "tree",
     slide_interval: int | None = None,
+    slide_towards: str = "leaves",
     slide_stop: int | None = None,
     last_step: str = "euler",
+    updates: int = 1,
 ) -> Recipe:
     """Builds BranchGRPO; defaults are FLUX's (16 leaves) but for one update per iteration.
 
@@ -53,14 +56,19 @@ def branch_grpo(
         local: fuse over immediate children, as the released code does with beta.
         clip: PPO clip range.
         kl: weight of the KL to the base model; none in the paper.
-        pruning: "none", "parent_top1", "extremes" or "depth".
+        pruning: "none", "parent_top1", "extremes", "depth", or "first_steps", which the released
+            code runs under the name of width pruning, mode 1.
         prune_depths: child depths of the "depth" window; empty = the 5 past the last split.
-        prune_share: share of chains that "extremes" keeps.
+        prune_share: share of chains that "extremes" keeps, or of a chain's steps.
         prune_pool: "tree", or "call" as the released code.
         slide_interval: iterations per move of the depth window; None = fixed. 30 in the paper.
-        slide_stop: depth where the window stops; None = the last split's own depth.
+        slide_towards: "leaves" (the paper) or "root" (the released code).
+        slide_stop: depth that the window's leading edge never passes; None = the deepest trained
+            depth towards the leaves, the last split's own towards the root.
         last_step: "euler": the image is the x0 read-out, the reward sees all trained noise;
             "sde": the last step is stochastic and trained too and the image is its sample.
+        updates: optimizer updates per iteration, the trained edges dealt out at random; 37 for 436
+            edges in the released script.
     """
     sg = check_sigmas("branch_grpo", sigmas)
     if last_step not in ("euler", "sde"):
@@ -70,15 +78,23 @@ def branch_grpo(
     children = check_splits("branch_grpo", chosen, branching, steps)
     sde = dance_sde(eta)
     window = tuple(prune_depths) or tuple(range(max(chosen) + 2, max(chosen) + 7))
-    stop = max(chosen) if slide_stop is None else slide_stop
+    if slide_towards not in ("leaves", "root"):
+        raise ValueError(
+            f"branch_grpo: slide_towards must be 'leaves' or 'root', got {slide_towards!r}"
+        )
+    leaves = slide_towards == "leaves"
+    stop = slide_stop if slide_stop is not None else steps if leaves else max(chosen)
+    check_updates("branch_grpo", updates)
 
-    def grow(t: Tree, _iteration: int, _rng: np.random.Generator) -> None:
-        grow_branching(t, sg, children, range(steps), sde, correlate=correlate, amplify=amplify)
+    def grow(t: Tree, _iteration: int, rng: np.random.Generator) -> None:
+        noise = {"correlate": correlate, "amplify": amplify}
+        grow_branching(t, sg, children, range(steps), sde, **noise, updates=updates, rng=rng)
 
     def depth(plan: Plan, _value: Floats, iteration: int) -> Floats:
         depths = np.asarray(window)
         if slide_interval is not None:
-            depths = prune.slide(depths, iteration, interval=slide_interval, stop=stop)
+            options = {"interval": slide_interval, "stop": stop, "towards_leaves": leaves}
+            depths = prune.slide(depths, iteration, **options)
         return prune.depth_window(plan, depths)
 
     pruners: dict[str, Prune] = {
@@ -87,6 +103,7 @@ def branch_grpo(
         "extremes": lambda plan, value, _iteration: prune.extremes(
             plan, value, share=prune_share, pool=prune_pool
         ),
+        "first_steps": lambda plan, _value, _iteration: prune.first_steps(plan, share=prune_share),
         "depth": depth,
     }
     if pruning not in pruners:
@@ -97,4 +114,6 @@ def branch_grpo(
         credit=depth_credit(beta=beta, local=local),
         objective=Objective(clip=(clip, clip), kl=kl),
         prune=pruners[pruning],
+        varies=updates > 1,
+        updates=updates,
     )

@@ -11,11 +11,12 @@ import numpy as np
 
 from branchcore.objective import Objective
 from branchcore.recipes.branching import check_splits, depth_credit, grow_branching, scaled_splits
-from branchcore.recipes.recipe import Recipe, check_sigmas
+from branchcore.recipes.recipe import Recipe, check_sigmas, check_updates, keeps_options
 from branchcore.steps import dance_sde
 from branchcore.tree import Tree
 
 
+@keeps_options
 def branch_mix(
     sigmas: Sequence[float],
     *,
@@ -25,8 +26,12 @@ def branch_mix(
     stride: int = 30,
     eta: float = 0.3,
     correlate: float | None = 4.0,
+    amplify: float | None = None,
+    beta: float = 0.0,
+    local: bool = False,
     clip: float = 1e-3,
     kl: float = 0.0,
+    updates: int = 1,
 ) -> Recipe:
     """Builds BranchGRPO-Mix; defaults are the FLUX script's but for one update per iteration.
 
@@ -38,8 +43,12 @@ def branch_mix(
         stride: period of the window over the steps.
         eta: diffusion of the SDE.
         correlate: s of the sibling noise mixture; None = independent.
+        amplify: c of the released code's split noise; not both.
+        beta: fusion temperature; see `branch_grpo`.
+        local: fuse over immediate children, as the released code does with beta.
         clip: PPO clip range.
         kl: weight of the KL to the base model.
+        updates: optimizer updates per iteration; 6 for 68 edges in the released script.
     """
     sg = check_sigmas("branch_mix", sigmas)
     if window < 0 or stride < 1:
@@ -50,14 +59,18 @@ def branch_mix(
     chosen = scaled_splits(splits, len(sg) - 1) if isinstance(splits, str) else tuple(splits)
     children = check_splits("branch_mix", chosen, branching, steps)
     sde_steps = {i for i in range(steps) if i in children or i % stride < window}
+    check_updates("branch_mix", updates)
     sde = dance_sde(eta)
 
-    def grow(t: Tree, _iteration: int, _rng: np.random.Generator) -> None:
-        grow_branching(t, sg, children, sde_steps, sde, correlate=correlate, amplify=None)
+    def grow(t: Tree, _iteration: int, rng: np.random.Generator) -> None:
+        noise = {"correlate": correlate, "amplify": amplify}
+        grow_branching(t, sg, children, sde_steps, sde, **noise, updates=updates, rng=rng)
 
     return Recipe(
         name="branch_mix",
         grow=grow,
-        credit=depth_credit(),
+        credit=depth_credit(beta=beta, local=local),
         objective=Objective(clip=(clip, clip), kl=kl),
+        varies=updates > 1,
+        updates=updates,
     )

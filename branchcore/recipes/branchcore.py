@@ -11,11 +11,12 @@ import numpy as np
 
 from branchcore.objective import Objective
 from branchcore.recipes.branching import check_splits, depth_credit, grow_branching, scaled_splits
-from branchcore.recipes.recipe import Recipe, check_sigmas
+from branchcore.recipes.recipe import Recipe, check_sigmas, check_updates, keeps_options
 from branchcore.steps import dance_sde
 from branchcore.tree import Tree
 
 
+@keeps_options
 def branchcore(
     sigmas: Sequence[float],
     *,
@@ -25,6 +26,7 @@ def branchcore(
     correlate: float | None = 4.0,
     clip: float = 1e-3,
     kl: float = 0.0,
+    updates: int = 1,
 ) -> Recipe:
     """Builds the recipe; its options are those of `branch_mix` without a window.
 
@@ -36,18 +38,23 @@ def branchcore(
         correlate: s of the sibling noise mixture; None = independent.
         clip: PPO clip range.
         kl: weight of the KL to the base model.
+        updates: optimizer updates per iteration.
     """
     sg = check_sigmas("branchcore", sigmas)
     chosen = scaled_splits(splits, len(sg) - 1) if isinstance(splits, str) else tuple(splits)
     children = check_splits("branchcore", chosen, branching, len(sg) - 2)
+    check_updates("branchcore", updates)
     sde = dance_sde(eta)
 
-    def grow(t: Tree, _iteration: int, _rng: np.random.Generator) -> None:
-        grow_branching(t, sg, children, children, sde, correlate=correlate, amplify=None)
+    def grow(t: Tree, _iteration: int, rng: np.random.Generator) -> None:
+        noise = {"correlate": correlate, "amplify": None}
+        grow_branching(t, sg, children, children, sde, **noise, updates=updates, rng=rng)
 
     return Recipe(
         name="branchcore",
         grow=grow,
         credit=depth_credit(),
         objective=Objective(clip=(clip, clip), kl=kl),
+        varies=updates > 1,
+        updates=updates,
     )

@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-from branchcore.credit import Floats, edge_values, lift, mean_weight, split_sign, standardize
+import numpy as np
+
+from branchcore.credit import (
+    EdgeCredit,
+    Floats,
+    edge_values,
+    lift,
+    mean_weight,
+    split_sign,
+    standardize,
+)
 from branchcore.plan import Plan
 from branchcore.recipes.recipe import Credit
 from branchcore.steps import Step, euler
@@ -61,6 +71,8 @@ def grow_branching(
     *,
     correlate: float | None,
     amplify: float | None,
+    updates: int,
+    rng: np.random.Generator,
 ) -> None:
     """Grows one tree: K children at the split steps, one elsewhere; stochastic steps are trained.
 
@@ -72,6 +84,8 @@ def grow_branching(
         sde: the stochastic step.
         correlate: s of the sibling noise at splits.
         amplify: c of the released code's split noise.
+        updates: optimizer updates that the tree's trained edges are dealt out to.
+        rng: of the deal.
     """
     x = t.roots(1)
     for i, sigma in enumerate(sigmas[1:]):
@@ -86,27 +100,24 @@ def grow_branching(
             train=i in sde_steps,
         )
     t.leaf(x)
+    if updates > 1:
+        t.deal_updates(updates, rng)
 
 
-def depth_credit(
-    *, beta: float = 0.0, local: bool = False, log_prob_sum: int | None = None
-) -> Credit:
+def depth_credit(*, beta: float = 0.0, local: bool = False) -> Credit:
     """Returns BranchGRPO's credit: rewards fused upward, standardised per tree and depth.
 
     Args:
-        beta: inverse temperature of the fusion; 0 = mean over descendant leaves.
+        beta: inverse temperature of the fusion; 0 = mean over descendant leaves. Multiplies mean
+            log-probabilities; for the sum scale multiply it by the number of latent elements.
         local: softmax over the immediate children, as the released code.
-        log_prob_sum: latent elements to multiply the mean log-probabilities with; None keeps the
-            mean, as all trainers do.
 
     Source: BranchGRPO eq. 3-4: ddof 1, eps 1e-8, advantage 0 where a depth's std is below 1e-6.
     """
 
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, log_prob_M: Floats) -> Floats:
-        scale = 1.0 if log_prob_sum is None else float(log_prob_sum)
-        fused = lift(
-            plan, rewards_LR, mean_weight(plan, scale * log_prob_M, beta=beta, local=local)
-        )
+    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, log_prob_M: Floats) -> EdgeCredit:
+        weight_M = mean_weight(plan, log_prob_M, beta=beta, local=local)
+        fused = lift(plan, rewards_LR, weight_M)
         value = edge_values(plan, fused)
         group = plan.group(("tree", "depth"))
         advantage = standardize(value, group, ddof=1, eps=1e-8, floor=1e-6, among=plan.stochastic)

@@ -12,11 +12,12 @@ import numpy as np
 
 from branchcore.objective import Objective
 from branchcore.recipes.chains import group_credit
-from branchcore.recipes.recipe import Recipe, check_sigmas
+from branchcore.recipes.recipe import Recipe, check_sigmas, check_updates, keeps_options
 from branchcore.steps import dance_sde, euler
 from branchcore.tree import Tree
 
 
+@keeps_options
 def dance_grpo(
     sigmas: Sequence[float],
     *,
@@ -50,6 +51,7 @@ def dance_grpo(
             f"dance_grpo: fraction must select 1 to {num_steps} steps, got {fraction} "
             f"({num_trained} steps)"
         )
+    check_updates("dance_grpo", updates, group)
     sde = dance_sde(eta)
 
     def grow(t: Tree, _iteration: int, rng: np.random.Generator) -> None:

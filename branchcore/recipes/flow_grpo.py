@@ -11,11 +11,12 @@ import numpy as np
 
 from branchcore.objective import Objective
 from branchcore.recipes.chains import group_credit
-from branchcore.recipes.recipe import Recipe, check_sigmas
+from branchcore.recipes.recipe import Recipe, check_sigmas, check_updates, keeps_options
 from branchcore.steps import euler, flow_sde
 from branchcore.tree import Tree
 
 
+@keeps_options
 def flow_grpo(
     sigmas: Sequence[float],
     *,
@@ -24,9 +25,10 @@ def flow_grpo(
     clip: float = 1e-4,
     kl: float = 0.04,
     kl_form: str = "flow_grpo",
+    global_std: bool = False,
     updates: int = 1,
 ) -> Recipe:
-    """Builds Flow-GRPO; defaults are SD3.5-M's (GenEval, OCR) but for one update per iteration.
+    """Builds Flow-GRPO; defaults are SD3.5-M's (GenEval, OCR) but for the std and the updates.
 
     Args:
         sigmas: (T + 1,) schedule.
@@ -35,10 +37,13 @@ def flow_grpo(
         clip: PPO clip range.
         kl: weight of the KL to the base model; 0.04 GenEval and OCR, 0.01 PickScore, 0 FLUX.
         kl_form: "flow_grpo" is the released code's; "gaussian" the true KL of the steps.
+        global_std: divide by the std over all prompts of a round, not the prompt's own; True in
+            the released SD3 configurations.
         updates: optimizer updates per iteration; 2 in the released code.
     """
     sg = check_sigmas("flow_grpo", sigmas)
     sde = flow_sde(noise_level, sg[1])
+    check_updates("flow_grpo", updates, group)
 
     def grow(t: Tree, _iteration: int, _rng: np.random.Generator) -> None:
         x = t.roots(group)
@@ -50,7 +55,8 @@ def flow_grpo(
     return Recipe(
         name="flow_grpo",
         grow=grow,
-        credit=group_credit(ddof=0, eps=1e-4, reward_first=True),
+        credit=group_credit(ddof=0, eps=1e-4, reward_first=True, global_std=global_std),
         objective=Objective(clip=(clip, clip), kl=kl, kl_form=kl_form),  # pyright: ignore[reportArgumentType]
+        varies=False,
         updates=updates,
     )

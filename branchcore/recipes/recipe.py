@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
 
-from branchcore.credit import Floats
+from branchcore.credit import EdgeCredit, Floats
 from branchcore.noise import host_generator
 from branchcore.objective import Objective
 from branchcore.passes import concat
@@ -18,7 +21,7 @@ from branchcore.prune import keep_all
 from branchcore.tree import Tree
 
 Grow = Callable[[Tree, int, np.random.Generator], None]
-Credit = Callable[[Plan, Floats, Floats, Floats], Floats]
+Credit = Callable[[Plan, Floats, Floats, Floats], EdgeCredit]
 Prune = Callable[[Plan, Floats, int], Floats]
 
 
@@ -30,14 +33,17 @@ class Recipe:
     grow: Grow
     """(tree, iteration, generator): grows one prompt's tree."""
     credit: Credit
-    """(plan, rewards (L, R), reward weights (R,), log_prob (M,)) -> (M, 2) (A+, A-)."""
+    """(plan, rewards (L, R), reward weights (R,), log_prob (M,)) -> EdgeCredit."""
     objective: Objective
     prune: Prune = field(default=lambda plan, _value, _iteration: keep_all(plan))
-    """(plan, value (M,), iteration) -> (M,) edge weights; value = A+ - A-."""
-    varies: bool = False
-    """The tree depends on the iteration or the generator (windows, random subsets)."""
+    """(plan, value (M,) of `EdgeCredit`, iteration from 0) -> (M,) edge weights."""
+    varies: bool = True
+    """The tree depends on the iteration or the generator (windows, random subsets). False lets
+    one tree be grown once and used for all prompts and iterations."""
     updates: int = 1
     """Optimizer updates per iteration."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The builder's arguments by name; a resumed run must have the same."""
     _cache: dict[int, Plan] = field(default_factory=dict[int, Plan], repr=False, compare=False)
 
     def plan(self, uids: Sequence[int], *, seed: int, iteration: int) -> Plan:
@@ -58,6 +64,33 @@ class Recipe:
         tree = Tree()
         self.grow(tree, iteration, host_generator(seed, iteration, uid))
         return tree.plan()
+
+
+P = ParamSpec("P")
+
+
+def keeps_options(build: Callable[P, Recipe]) -> Callable[P, Recipe]:
+    """Makes a builder keep its arguments in the recipe, so that two runs can be told apart."""
+    signature = inspect.signature(build)
+
+    @functools.wraps(build)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Recipe:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        plain = {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in bound.arguments.items()
+        }
+        return replace(build(*args, **kwargs), options=plain)
+
+    return wrapper
+
+
+def check_updates(name: str, updates: int, most: int | None = None) -> None:
+    """Raises ValueError unless 1 <= updates <= most."""
+    if updates < 1 or (most is not None and updates > most):
+        wanted = "at least 1" if most is None else f"in 1..{most}"
+        raise ValueError(f"{name}: updates must be {wanted}, got {updates}")
 
 
 def check_sigmas(name: str, sigmas: Sequence[float] | NDArray[np.float64]) -> list[float]:

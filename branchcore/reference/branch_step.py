@@ -34,7 +34,7 @@ def branch_step(
     h_ND: Tensor | None = None,
 ) -> BranchStep:
     """See `branchcore.ops.branch_step`."""
-    dtype, parent_M = wide(x_ND.dtype), parents(child_start)
+    dtype, parent_M = wide(x_ND.dtype), parents(child_start, len(rows_M4))
     a, b, c, s = rows_M4.to(dtype).unbind(1)
     still_M = rows_M4[:, 3] == 0
     eps_MD = philox_normal(silence(noise, still_M), x_ND.shape[1], dtype)

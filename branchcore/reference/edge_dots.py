@@ -40,7 +40,7 @@ def edge_dots(
     if child_start is None or noise is None:
         return EdgeDots(q_N.new_zeros(0), q_N)
     eps_ED = philox_normal(noise, v_ND.shape[1], dtype)
-    return EdgeDots((delta_ND[parents(child_start)] * eps_ED).mean(1), q_N)
+    return EdgeDots((delta_ND[parents(child_start, len(eps_ED))] * eps_ED).mean(1), q_N)
 
 
 def edge_dots_backward(

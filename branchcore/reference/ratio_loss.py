@@ -46,7 +46,7 @@ class RatioLoss(NamedTuple):
 def log_ratio(p_E: Tensor, q_N: Tensor, child_start: Tensor, exponent_E2: Tensor) -> Tensor:
     """Evaluate lin p - quad q in float64, (E,)."""
     lin_E, quad_E = exponent_E2.unbind(1)
-    return lin_E * p_E.double() - quad_E * q_N.double()[parents(child_start)]
+    return lin_E * p_E.double() - quad_E * q_N.double()[parents(child_start, len(p_E))]
 
 
 def ratio_loss(

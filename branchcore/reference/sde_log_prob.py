@@ -15,7 +15,7 @@ def residual(
     h_ND: Tensor | None,
 ) -> Tensor:
     """Recover eps = (y - a x - b v - c h) / s, (M, D)."""
-    dtype, parent_M = wide(y_MD.dtype), parents(child_start)
+    dtype, parent_M = wide(y_MD.dtype), parents(child_start, len(y_MD))
     a, b, c, s = rows_M4.to(dtype).unbind(1)
     mean_MD = a[:, None] * x_ND.to(dtype)[parent_M] + b[:, None] * v_ND.to(dtype)[parent_M]
     if h_ND is not None:

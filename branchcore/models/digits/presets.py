@@ -34,10 +34,10 @@ _TREE: dict[str, Any] = {"splits": SPLITS, "eta": 0.7, "kl": 0.09}
 PRESETS: dict[str, Preset] = {
     "branch_mix": Preset(
         {**_TREE, "window": 0},
-        {**_COMMON, "lr": 6e-4, "prompts_per_iteration": 30, "iterations": 160},
+        {**_COMMON, "lr": 6e-4, "prompts_per_iteration": 30, "iterations": 155},
     ),
     "branchcore": Preset(
-        _TREE, {**_COMMON, "lr": 6e-4, "prompts_per_iteration": 30, "iterations": 160}
+        _TREE, {**_COMMON, "lr": 6e-4, "prompts_per_iteration": 30, "iterations": 155}
     ),
     "branch_grpo": Preset(
         {**_TREE, "eta": 0.5, "kl": 0.03},
