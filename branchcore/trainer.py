@@ -72,8 +72,9 @@ class TrainerConfig:
     """Iterations between evaluations."""
 
     def __post_init__(self) -> None:
+        values: dict[str, Any] = dataclasses.asdict(self)
         for name, (kind, low, high) in _RANGES.items():
-            value = getattr(self, name)
+            value = values[name]
             if value is None and name in _OPTIONAL:
                 continue
             whole = isinstance(value, int) and not isinstance(value, bool)

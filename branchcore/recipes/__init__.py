@@ -19,8 +19,8 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 }
 
 
-def options_of(name: str) -> dict[str, Any]:
-    """Returns the options of a recipe and their defaults.
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """Returns the options of a recipe by name.
 
     Raises:
         ValueError: an unknown recipe.
@@ -28,7 +28,7 @@ def options_of(name: str) -> dict[str, Any]:
     if name not in RECIPES:
         raise ValueError(f"recipes: name must be from {tuple(RECIPES)}, got {name!r}")
     parameters = inspect.signature(RECIPES[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def build(name: str, sigmas: Sequence[float], **options: Any) -> Recipe:
@@ -43,12 +43,11 @@ def build(name: str, sigmas: Sequence[float], **options: Any) -> Recipe:
     if unknown:
         raise ValueError(f"{name}: options must be from {tuple(known)}, got {unknown}")
     for option, value in options.items():
-        default = known[option]
-        kinds = {bool: (bool,), int: (int,), float: (int, float)}.get(type(default))
-        flag = isinstance(value, bool) and not isinstance(default, bool)
+        kind = known[option].annotation
+        kinds = {"bool": (bool,), "int": (int,), "float": (int, float)}.get(kind)
+        flag = isinstance(value, bool) and kind != "bool"
         if kinds is not None and (flag or not isinstance(value, kinds)):
-            wanted = type(default).__name__
-            raise TypeError(f"{name}: {option} must be {wanted}, got {value!r}")
+            raise TypeError(f"{name}: {option} must be {kind}, got {value!r}")
     return RECIPES[name](sigmas, **options)
 
 
