@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -72,15 +72,14 @@ class TrainerConfig:
     """Iterations between evaluations."""
 
     def __post_init__(self) -> None:
-        values: dict[str, Any] = dataclasses.asdict(self)
         for name, (kind, low, high) in _RANGES.items():
-            value = values[name]
+            value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not (whole or (kind is float and isinstance(value, float))):
                 raise TypeError(f"TrainerConfig: {name} must be {kind.__name__}, got {value!r}")
-            if not low <= value <= high:
+            if not low <= cast("float", value) <= high:
                 raise ValueError(f"TrainerConfig: {name} must be in [{low}, {high}], got {value}")
         if len(self.betas) != 2 or not all(0.0 <= b < 1.0 for b in self.betas):
             raise ValueError(f"TrainerConfig: betas must be two in [0, 1), got {self.betas}")

@@ -7,6 +7,7 @@ A_d(n) = (r_bar(n) - mean_d) / (std_d + 1e-8) over one tree's nodes of depth d.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -77,43 +78,65 @@ def branch_grpo(
     chosen = scaled_splits(splits, len(sg) - 1) if isinstance(splits, str) else tuple(splits)
     children = check_splits("branch_grpo", chosen, branching, steps)
     sde = dance_sde(eta)
-    window = tuple(prune_depths) or tuple(range(max(chosen) + 2, max(chosen) + 7))
     if slide_towards not in ("leaves", "root"):
         raise ValueError(
             f"branch_grpo: slide_towards must be 'leaves' or 'root', got {slide_towards!r}"
         )
     leaves = slide_towards == "leaves"
-    stop = slide_stop if slide_stop is not None else steps if leaves else max(chosen)
+    window = _Window(
+        depths=tuple(prune_depths) or tuple(range(max(chosen) + 2, max(chosen) + 7)),
+        interval=slide_interval,
+        stop=slide_stop if slide_stop is not None else steps if leaves else max(chosen),
+        towards_leaves=leaves,
+    )
     check_updates("branch_grpo", updates)
 
     def grow(t: Tree, _iteration: int, rng: np.random.Generator) -> None:
         noise = {"correlate": correlate, "amplify": amplify}
         grow_branching(t, sg, children, range(steps), sde, **noise, updates=updates, rng=rng)
 
-    def depth(plan: Plan, _value: Floats, iteration: int) -> Floats:
-        depths = np.asarray(window)
-        if slide_interval is not None:
-            options = {"interval": slide_interval, "stop": stop, "towards_leaves": leaves}
-            depths = prune.slide(depths, iteration, **options)
-        return prune.depth_window(plan, depths)
-
-    pruners: dict[str, Prune] = {
-        "none": lambda plan, _value, _iteration: prune.keep_all(plan),
-        "parent_top1": lambda plan, value, _iteration: prune.parent_top1(plan, value),
-        "extremes": lambda plan, value, _iteration: prune.extremes(
-            plan, value, share=prune_share, pool=prune_pool
-        ),
-        "first_steps": lambda plan, _value, _iteration: prune.first_steps(plan, share=prune_share),
-        "depth": depth,
-    }
-    if pruning not in pruners:
-        raise ValueError(f"branch_grpo: pruning must be from {tuple(pruners)}, got {pruning!r}")
     return Recipe(
         name="branch_grpo",
         grow=grow,
         credit=depth_credit(beta=beta, local=local),
         objective=Objective(clip=(clip, clip), kl=kl),
-        prune=pruners[pruning],
+        prune=_pruner(pruning, prune_share, prune_pool, window),
         varies=updates > 1,
         updates=updates,
     )
+
+
+class _Window(NamedTuple):
+    """The depth window and how it moves."""
+
+    depths: tuple[int, ...]
+    interval: int | None
+    stop: int
+    towards_leaves: bool
+
+    def weights(self, plan: Plan, iteration: int) -> Floats:
+        depths = np.asarray(self.depths)
+        if self.interval is not None:
+            depths = prune.slide(
+                depths,
+                iteration,
+                interval=self.interval,
+                stop=self.stop,
+                towards_leaves=self.towards_leaves,
+            )
+        return prune.depth_window(plan, depths)
+
+
+def _pruner(name: str, share: float, pool: str, window: _Window) -> Prune:
+    pruners: dict[str, Prune] = {
+        "none": lambda plan, _value, _iteration: prune.keep_all(plan),
+        "parent_top1": lambda plan, value, _iteration: prune.parent_top1(plan, value),
+        "extremes": lambda plan, value, _iteration: prune.extremes(
+            plan, value, share=share, pool=pool
+        ),
+        "depth": lambda plan, _value, iteration: window.weights(plan, iteration),
+        "first_steps": lambda plan, _value, _iteration: prune.first_steps(plan, share=share),
+    }
+    if name not in pruners:
+        raise ValueError(f"branch_grpo: pruning must be from {tuple(pruners)}, got {name!r}")
+    return pruners[name]
