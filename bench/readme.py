@@ -113,7 +113,8 @@ def digits_training(result: dict[str, Any]) -> str:
             "nothing: it ignores the style words), distance to the nearest real digit (real "
             f"digits: 2.05). At most {result['budget_s']:.0f} CPU seconds of iterations, one "
             "thread. Options differ by recipe and were tuned by hand on this task, `branch_mix` "
-            "most: a demonstration, not a ranking of methods.",
+            "most: a demonstration, not a ranking of methods. The rising distance to real digits "
+            "is faint grey behind them: the reward's own loophole, which the KL holds down.",
             "",
             markdown((*head, "nearest real", "reward"), rows),
             "",
