@@ -20,7 +20,8 @@ from machine import facts
 from branchcore import recipes
 from branchcore.models.digits.task import DigitsTask
 from branchcore.plots import read_metrics
-from branchcore.trainer import Trainer, TrainerConfig
+from branchcore.trainer import Trainer
+from branchcore.trainer_config import TrainerConfig
 
 MEASURES = ("both_right", "judge_accuracy", "diversity", "nearest_real", "reward")
 

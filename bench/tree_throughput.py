@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from checks import Check, run_checks
+from checks import run_checks
 from machine import facts, load_average
 from measure import PeakMemory, median_ci, pair_cost, paired_ratio
 from plans import BASES, PLANS
 from plans.task import STAGES, Clock
+from tables import print_checks, print_plans, print_ratios
 from tqdm import tqdm
 from workload import FACTORS, MODELS, RECIPES, Workload, closed_form, workload
 
@@ -224,58 +225,23 @@ def _units(name: str, plan: dict[str, Any], pair: float) -> float:
     return plan["F"] + pair * plan["E"]
 
 
-def print_checks(checks: list[Check]) -> None:
-    """Prints the worst of each kind; counts and failures one by one."""
-    print("| check | plans | worst | limit | |\n|---|---|---|---|---|")
-    kinds: dict[str, list[Check]] = {}
-    for check in checks:
-        alone = check.kind if check.passed and not isinstance(check.limit, list) else check.name
-        kinds.setdefault(alone + f" ({check.limit})" * (check.limit is None), []).append(check)
-    for name, group in kinds.items():
-        worst = group[0] if len(group) == 1 else max(group, key=lambda check: check.value)
-        verdict = "pass" if worst.passed else "FAIL"
-        shown = name.removesuffix(" (None)").replace("|", "\\|")
-        print(f"| {shown} | {len(group)} | {_text(worst.value)} |", end="")
-        print(f" {'reported' if worst.limit is None else _text(worst.limit)} | {verdict} |")
-    print(f"\n{sum(c.passed for c in checks)} of {len(checks)} checks pass\n")
-
-
-def _text(value: Any) -> str:
-    return " / ".join(map(str, value)) if isinstance(value, list) else f"{value:.1e}"
-
-
-def print_plans(plans: dict[str, Any], leaves: int, prompts: int) -> None:
-    print("| plan | CPU s | 95 % CI | wall s | leaves/CPU s | F / E / P / D |", end="")
-    print(f" {' / '.join(STAGES)} % | MiB |\n|---|--:|:-:|--:|--:|:-:|:-:|--:|")
-    for name, plan in plans.items():
-        star = "*" if plan["extrapolated"] else ""
-        low, high = plan["ci95"]
-        whole = sum(plan["split"].values())
-        share = " / ".join(f"{100 * t / whole:.0f}" for t in plan["split"].values())
-        work = " / ".join(str(plan[key]) for key in "FEPD")
-        memory = "-" if plan["peak_mem"] is None else f"{plan['peak_mem']:.0f}"
-        print(
-            f"| {name}{star} | {plan['cpu_s']:.3f} | {low:.3f}-{high:.3f} | {plan['median_s']:.3f} "
-            f"| {leaves / plan['cpu_s']:.0f} | {work} | {share} | {memory} |"
-        )
-    part = [p for p in plans.values() if p["extrapolated"]]
-    if part:
-        print(
-            f"\n\\* runs prompt by prompt: timed on {part[0]['prompts_timed']} of the {prompts} "
-            "prompts and scaled; its memory is that of one prompt."
-        )
-
-
-def print_ratios(found: dict[str, Any]) -> None:
-    print("\n| A/B | A is faster, CPU s | 95 % CI | wall | predicted | meas./pred. | required |")
-    print("|---|--:|:-:|--:|--:|--:|--:|")
-    for name, row in found.items():
-        low, high = row["ci95"]
-        target = "" if row["target"] is None else f">= {row['target']:g}"
-        print(
-            f"| {name} | {row['cpu']:.2f}x | {low:.2f}-{high:.2f} | {row['wall']:.2f}x "
-            f"| {row['predicted']:.2f}x | {row['cpu'] / row['predicted']:.2f} | {target} |"
-        )
+def time_plans(chosen: argparse.Namespace, start: float, result: dict[str, Any]) -> None:
+    """Times all plans within the budget, prints the tables and fills in the result."""
+    load: Workload = chosen.load
+    bench = Bench(load, chosen.plans, chosen.prompts)
+    end = start + chosen.budget
+    pair = pair_cost(bench.task(chosen.plans[0], 1).view, load.device)
+    with tqdm(total=len(chosen.plans) * (1 + ROUNDS[0]), unit="run", leave=False) as bar:
+        memory = bench.warm_up(bar, end - time.perf_counter())
+        samples = bench.rounds(bar, end)
+    plans = summary(bench, samples, memory)
+    found = ratios(plans, pair)
+    rounds = len(next(iter(samples.values())))
+    result["config"] |= {"rounds": rounds, "pair_over_forward": pair}
+    result |= {"plans": plans, "ratios": found}
+    print_plans(plans, load.leaves * chosen.prompts, chosen.prompts)
+    print_ratios(found)
+    print(FOOTER.format(pair=pair))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -311,20 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         "ratios": {},
     }
     if not failed and not chosen.check_only:
-        bench = Bench(load, chosen.plans, chosen.prompts)
-        end = start + chosen.budget
-        pair = pair_cost(bench.task(chosen.plans[0], 1).view, load.device)
-        with tqdm(total=len(chosen.plans) * (1 + ROUNDS[0]), unit="run", leave=False) as bar:
-            memory = bench.warm_up(bar, end - time.perf_counter())
-            samples = bench.rounds(bar, end)
-        plans = summary(bench, samples, memory)
-        found = ratios(plans, pair)
-        rounds = len(next(iter(samples.values())))
-        result["config"] |= {"rounds": rounds, "pair_over_forward": pair}
-        result |= {"plans": plans, "ratios": found}
-        print_plans(plans, load.leaves * chosen.prompts, chosen.prompts)
-        print_ratios(found)
-        print(FOOTER.format(pair=pair))
+        time_plans(chosen, start, result)
     meta |= {
         "load_average_end": load_average(),
         "checks_s": checked,

@@ -33,7 +33,8 @@ from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Scores, score
 from branchcore.rollout import rollout
 from branchcore.stages import Batch, accumulate, collect
-from branchcore.trainer import Trainer, TrainerConfig
+from branchcore.trainer import Trainer
+from branchcore.trainer_config import TrainerConfig
 from branchcore.tree import Tree
 
 __version__ = "0.1.0"

@@ -19,7 +19,8 @@ from branchcore import checkpoint, recipes
 from branchcore._dispatch import explain
 from branchcore.drawing import draw
 from branchcore.plots import curves
-from branchcore.trainer import Metrics, Trainer, TrainerConfig
+from branchcore.trainer import Metrics, Trainer
+from branchcore.trainer_config import TrainerConfig
 
 TASKS = {"digits": ("branchcore.models.digits.task", "DigitsTask")}
 _ERRORS = (ValueError, TypeError, RuntimeError, FloatingPointError, OSError)

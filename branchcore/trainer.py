@@ -11,9 +11,8 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,80 +28,10 @@ from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
 from branchcore.run_folder import RunFolder, check_same
 from branchcore.stages import Batch, accumulate, collect, prompt_indices
+from branchcore.trainer_config import TrainerConfig
 
 Metrics = dict[str, Any]
 _FREE_TO_CHANGE = ("iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """One run; everything but its length and its outputs must stay the same on resume."""
-
-    iterations: int
-    """Training iterations in all."""
-    prompts_per_iteration: int
-    """Prompts (trees, or groups of chains) per iteration."""
-    prompts_per_round: int | None = None
-    """Prompts whose tape fits in memory together; None = all."""
-    max_batch: int | None = None
-    """Rows of one model call at most; None = a whole wave."""
-    tape: int | None = None
-    """Trained nodes per round that keep their graph; None = all."""
-    seed: int = 0
-    """Names all noise and all random choices."""
-    lr: float = 1e-5
-    """AdamW learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW betas."""
-    eps: float = 1e-8
-    """AdamW epsilon."""
-    weight_decay: float = 1e-4
-    """AdamW weight decay."""
-    max_grad_norm: float = 1.0
-    """Gradient norm is clipped to it."""
-    ema_decay: float | None = None
-    """Exponential moving average of the weights, used for evaluation; None = none."""
-    reward_weights: Mapping[str, float] | None = None
-    """Weight per reward component; None = 1 each."""
-    checkpoint_every: int = 20
-    """Iterations between checkpoints."""
-    keep_checkpoints: int = 2
-    """Checkpoints kept."""
-    evaluate_every: int = 20
-    """Iterations between evaluations."""
-
-    def __post_init__(self) -> None:
-        for name, (kind, low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not (whole or (kind is float and isinstance(value, float))):
-                raise TypeError(f"TrainerConfig: {name} must be {kind.__name__}, got {value!r}")
-            if not low <= cast("float", value) <= high:
-                raise ValueError(f"TrainerConfig: {name} must be in [{low}, {high}], got {value}")
-        if len(self.betas) != 2 or not all(0.0 <= b < 1.0 for b in self.betas):
-            raise ValueError(f"TrainerConfig: betas must be two in [0, 1), got {self.betas}")
-
-
-_MOST, _TINY = 2**31 - 1, 1e-30
-_OPTIONAL = ("prompts_per_round", "max_batch", "tape", "ema_decay")
-_RANGES: dict[str, tuple[type, float, float]] = {
-    "iterations": (int, 1, _MOST),
-    "prompts_per_iteration": (int, 1, _MOST),
-    "prompts_per_round": (int, 1, _MOST),
-    "max_batch": (int, 1, _MOST),
-    "tape": (int, 0, _MOST),
-    "seed": (int, 0, 2**32 - 1),
-    "lr": (float, _TINY, 1e3),
-    "eps": (float, _TINY, 1.0),
-    "weight_decay": (float, 0.0, 1e3),
-    "max_grad_norm": (float, _TINY, float("inf")),
-    "ema_decay": (float, 0.0, 1.0 - 1e-9),
-    "checkpoint_every": (int, 1, _MOST),
-    "keep_checkpoints": (int, 1, _MOST),
-    "evaluate_every": (int, 1, _MOST),
-}
 
 
 class Trainer:

@@ -23,6 +23,7 @@ LAYERS = [
         "ema",
         "run_folder",
         "trainer",
+        "trainer_config",
         "plots",
     },
     {"models", "hosts", "cli", "__main__"},

@@ -154,8 +154,7 @@ def test_updates_are_dealt_by_sample():
 def test_branch_edges_are_dealt_at_random_and_equally():
     recipe = recipes.branch_grpo(SG20, updates=18)
     plans = [recipe.plan([7, 8], seed=0, iteration=i) for i in (0, 0, 1)]
-    for a, b in ((0, 1),):
-        np.testing.assert_array_equal(plans[a].update, plans[b].update)
+    np.testing.assert_array_equal(plans[0].update, plans[1].update)
     assert (plans[0].update != plans[2].update).any()
     sizes = [len(plans[0].trained(u)) for u in range(18)]
     assert sum(sizes) == 404

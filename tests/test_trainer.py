@@ -12,7 +12,8 @@ import torch
 from branchcore import checkpoint, recipes, schedule
 from branchcore.rewards import component_weights, score
 from branchcore.stages import prompt_indices
-from branchcore.trainer import Trainer, TrainerConfig
+from branchcore.trainer import Trainer
+from branchcore.trainer_config import TrainerConfig
 
 SG = schedule.shifted_linear(6)
 PROMPTS = ["a", "b", "c", "d", "e"]

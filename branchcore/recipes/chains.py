@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from branchcore.credit import (
     EdgeCredit,
     Floats,
@@ -37,7 +39,7 @@ def group_credit(
     def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
         group = plan.group(("prompt",))[plan.leaf]
         if reward_first:
-            rewards_LR, weight_R = (rewards_LR @ weight_R)[:, None], weight_R[:1] * 0.0 + 1.0
+            rewards_LR, weight_R = (rewards_LR @ weight_R)[:, None], np.ones(1)
         spread = rewards_LR.std(0, ddof=ddof) if global_std else None
         scores = standardize(rewards_LR, group, ddof=ddof, eps=eps, spread=spread)
         advantage = edge_values(plan, lift(plan, scores, mean_weight(plan)))
