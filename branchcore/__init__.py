@@ -20,14 +20,14 @@ if (
         __path__.append(_root)
     __path__ = _pkgutil.extend_path(__path__, __name__)
 
-from branchcore import credit, ops, passes, prune, recipes, schedule, steps
+from branchcore import credit, matching, ops, passes, prune, recipes, schedule, steps
 from branchcore._dispatch import explain, use
 from branchcore.drawing import draw
 from branchcore.forest import Forest
 from branchcore.gradient import Statistics, gradient
 from branchcore.model import Model, VelocityModel
 from branchcore.noise import Noise
-from branchcore.objective import Objective
+from branchcore.objective import ClippedRatio, MaskedRatio, Objective
 from branchcore.plan import Plan
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Scores, score
@@ -41,7 +41,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "ClippedRatio",
     "Forest",
+    "MaskedRatio",
     "Model",
     "Noise",
     "Objective",
@@ -59,6 +61,7 @@ __all__ = [
     "draw",
     "explain",
     "gradient",
+    "matching",
     "ops",
     "passes",
     "prune",

@@ -46,7 +46,7 @@ def _check_rows(plan: Plan) -> None:
     a, b, c, s = plan.row.T
     inner, up = plan.parent >= 0, np.maximum(plan.parent, 0)
     sigma, above = plan.sigma, plan.sigma[up]
-    finite = np.isfinite(plan.row).all(1)
+    finite = np.isfinite(plan.row).all(1) & np.isfinite(plan.older)
     _require(finite, plan, "row (a, b, c, s) must be finite", plan.row)
     _require((sigma >= 0) & (sigma <= 1), plan, "sigma must be in [0, 1]", sigma)
     _require(s >= 0, plan, "s must be >= 0", s)
@@ -54,15 +54,17 @@ def _check_rows(plan: Plan) -> None:
     _require(inner | empty, plan, "a root row must be (0, 0, 0, s)", plan.row)
     falls = ~inner | (b == 0) | (sigma < above)
     _require(falls, plan, "sigma must decrease along an edge with b != 0", sigma)
-    image = np.abs(a * (1 - above) - b + c - (1 - sigma))
-    _require(
-        ~inner | (image < _TOLERANCE), plan, "a (1 - sigma_p) - b + c must be 1 - sigma", image
-    )
+    image = np.abs(a * (1 - above) - b + c + plan.older - (1 - sigma))
+    kept = ~inner | (image < _TOLERANCE)
+    _require(kept, plan, "a (1 - sigma_p) - b + c + d must be 1 - sigma", image)
     noise = (a * above + b) ** 2 + s**2 - sigma**2
     kept = ~inner | (noise > -_TOLERANCE)
     _require(kept, plan, "(a sigma_p + b)^2 + s^2 must be >= sigma^2", noise)
-    grand = ~plan.history | (inner & (plan.parent[up] >= 0))
-    _require(grand, plan, "c != 0 must have a parent's parent", c)
+    grand = np.where(inner, plan.parent[up], -1)
+    _require(~plan.history | (grand >= 0), plan, "c != 0 must have a parent's parent", c)
+    great = np.where(grand >= 0, plan.parent[grand], -1)
+    older = (plan.older == 0) | (great >= 0)
+    _require(older, plan, "d != 0 must have a parent's parent's parent", plan.older)
 
 
 def _check_noise(plan: Plan) -> None:

@@ -144,8 +144,7 @@ def mean_weight(
 
 def edge_values(plan: Plan, node_values_MR: Floats) -> Floats:
     """Returns (M, R) edge values: of the child, or of the parent on matching edges (b = 0)."""
-    matching = (plan.row[:, 1] == 0.0) & (plan.parent >= 0)
-    source = np.where(matching, plan.parent, np.arange(len(plan)))
+    source = np.where(plan.matching, plan.parent, np.arange(len(plan)))
     return node_values_MR[source]
 
 

@@ -86,9 +86,14 @@ def noise_rows(noise: Noise, lo: int, hi: int) -> Noise:
 
 
 def kept_slots(plan: Plan) -> Ints:
-    """Returns (M,) slots of the states a forest keeps: leaves and trained nodes; -1 elsewhere."""
+    """Returns (M,) slots of the states a forest keeps: leaves and trained nodes; -1 elsewhere.
+
+    A matching edge is also about the image it was re-noised from.
+    """
     kept = plan.leaf.copy()
-    kept[plan.action[plan.trained()]] = True
+    edges = plan.trained()
+    kept[plan.action[edges]] = True
+    kept[plan.parent[edges[plan.matching[edges]]]] = True
     return np.where(kept, np.cumsum(kept) - 1, -1)
 
 

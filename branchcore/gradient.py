@@ -16,7 +16,7 @@ from branchcore.credit import Floats
 from branchcore.forest import Forest, upload
 from branchcore.model import VelocityModel, call_velocity
 from branchcore.noise import Noise
-from branchcore.objective import Objective
+from branchcore.objective import ClippedRatio, Edges, Objective
 from branchcore.plan import Ints, Plan
 from branchcore.prune import MicroBatch, pack_parents
 from branchcore.reference import RatioStats
@@ -59,12 +59,17 @@ def live_edges(
     """Returns the trained edges of an update that can matter: weight, and advantage or KL, not 0.
 
     Raises:
-        NotImplementedError: a trained edge has b = 0, whose ratio is not about the edge's noise.
+        ValueError: the edges are not of the objective's kind.
     """
     edges = plan.trained(update)
-    if (plan.row[edges, 1] == 0.0).any():
-        raise NotImplementedError("gradient: trained edges with b = 0 need a matching objective")
-    matters = advantage_M2[edges].any(1) | (objective.kl > 0.0)
+    wrong = plan.matching[edges] != objective.matching
+    if wrong.any():
+        wanted = "re-noised states (b = 0)" if objective.matching else "sampling steps (b != 0)"
+        raise ValueError(
+            f"gradient: trained edges must be {wanted} for {type(objective).__name__}, got "
+            f"b = {plan.row[edges[wrong][0], 1]:g} at row {edges[wrong][0]}"
+        )
+    matters = advantage_M2[edges].any(1) | (objective.kl > 0.0) | (not objective.silent)
     return edges[matters & (weight_M[edges] != 0.0)]
 
 
@@ -103,8 +108,8 @@ def gradient(
     """
     plan = forest.plan
     if anchor == "auto":
-        anchor = "detach" if update == 0 else "rollout"
-    if anchor == "detach" and update > 0:
+        anchor = "detach" if update == 0 or objective.anchor == "reference" else "rollout"
+    if anchor == "detach" and update > 0 and objective.anchor == "policy":
         raise ValueError(f"gradient: anchor must be 'rollout' after an update, got update {update}")
     if anchor == "rollout" and forest.velocity is None:
         raise ValueError(
@@ -116,7 +121,8 @@ def gradient(
     planned = len(plan.trained(update)) if num_planned is None else num_planned
     tape = [part.velocity for part in forest.tape] if update == 0 else []
     parts = [part.nodes for part in forest.tape] if update == 0 else []
-    batches = pack_parents(plan, edges, max_batch, parts)
+    together = plan.group(objective.together) if objective.together else None
+    batches = pack_parents(plan, edges, max_batch, parts, together)
     terms = _terms(forest, batches, advantage_M2, weight_M / max(planned, 1), objective)
     total = Statistics.zero(forest.x.device)
     for batch, term in zip(batches, terms, strict=True):
@@ -150,16 +156,12 @@ class _Terms(NamedTuple):
     rows: Tensor
     slots: Tensor
     local: Tensor
-    child_start: Tensor
-    noise: Noise
-    exponent: Tensor
-    advantage: Tensor
-    weight: Tensor
+    edges: Edges
     kl: Tensor
 
 
 def log_ratio_floor(
-    forest: Forest, model: VelocityModel, objective: Objective, *, max_batch: int | None = None
+    forest: Forest, model: VelocityModel, objective: ClippedRatio, *, max_batch: int | None = None
 ) -> float:
     """Measures the largest |log ratio| that unchanged weights give against stored velocities.
 
@@ -183,7 +185,8 @@ def log_ratio_floor(
     (term,) = _terms(forest, [batch], ones, ones[:, 0], objective)
     with torch.no_grad():
         v = _velocity(forest, model, term)
-        p_E, q_N = ops.edge_dots(v, forest.velocity[term.slots], term.child_start, term.noise)
+        v_old, start = forest.velocity[term.slots], term.edges.child_start
+        p_E, q_N = ops.edge_dots(v, v_old, start, term.edges.noise)
     owner = np.repeat(np.arange(len(batch.nodes)), np.diff(batch.child_start))
     lin, quad = objective.exponent(plan.row[batch.edges]).T
     p, q = p_E.double().cpu().numpy(), q_N.double().cpu().numpy()
@@ -199,36 +202,37 @@ def _terms(
 ) -> list[_Terms]:
     """Uploads what all micro-batches need: one transfer of indices, one of floats."""
     plan, device = forest.plan, forest.x.device
+    together = plan.group(objective.together) if objective.together else np.zeros(len(plan), int)
     arrays: list[Ints] = []
     floats: list[Floats] = []
+    widths: list[int] = []
     for batch in batches:
         nodes, edges, start = batch[:3]
-        arrays += [nodes, forest.slot[nodes], batch.local, start, edges]
+        group = np.unique(together[edges], return_inverse=True)[1].reshape(-1)
+        images = forest.slot[plan.parent[edges[plan.matching[edges]]]]
+        arrays += [nodes, forest.slot[nodes], batch.local, start, edges, group, images]
         row, dt = plan.row[edges], plan.sigma[plan.parent[edges]] - plan.sigma[edges]
         kl_N = np.zeros(len(nodes))
         owner = np.repeat(np.arange(len(nodes)), np.diff(start))
         np.add.at(kl_N, owner, weight_M[edges] * objective.kl_factor(row, dt))
-        exponent, advantage = objective.exponent(row), advantage_M2[edges]
-        floats += [exponent.ravel(), advantage.ravel(), weight_M[edges], kl_N]
+        numbers, advantage = objective.numbers(plan, edges), advantage_M2[edges]
+        widths.append(numbers.shape[1])
+        floats += [numbers.ravel(), advantage.ravel(), weight_M[edges], kl_N]
     index, number = iter(upload(arrays, device)), iter(upload(floats, device))
     terms: list[_Terms] = []
-    for _ in batches:
-        rows, slots, local, start, edges = (next(index) for _ in range(5))
-        exponent, advantage, weight, kl = (next(number) for _ in range(4))
-        noise = Noise(forest.noise.key, forest.noise.counter[edges], forest.noise.mix[edges])
-        terms.append(
-            _Terms(
-                rows,
-                slots,
-                local,
-                start,
-                noise,
-                exponent.view(-1, 2),
-                advantage.view(-1, 2),
-                weight,
-                kl.to(forest.x.dtype),
-            )
+    for width in widths:
+        rows, slots, local, start, edges, group, images = (next(index) for _ in range(7))
+        numbers, advantage, weight, kl = (next(number) for _ in range(4))
+        edge_terms = Edges(
+            child_start=start,
+            noise=Noise(forest.noise.key, forest.noise.counter[edges], forest.noise.mix[edges]),
+            image=forest.x[images],
+            numbers=numbers.view(len(edges), width),
+            advantage=advantage.view(-1, 2),
+            weight=weight,
+            group=group,
         )
+        terms.append(_Terms(rows, slots, local, edge_terms, kl.to(forest.x.dtype)))
     return terms
 
 
@@ -247,14 +251,14 @@ def _backward(
     v_old: Tensor | None,
     objective: Objective,
 ) -> Statistics:
-    p_E, q_N = ops.edge_dots(v, v_old, term.child_start, term.noise)
-    loss, stats = ops.ratio_loss(
-        p_E, q_N, term.child_start, term.exponent, term.advantage, term.weight, objective.clip
-    )
-    kl = torch.zeros_like(loss)
-    if objective.kl > 0.0:
+    v_ref: Tensor | None = None
+    if objective.kl > 0.0 or objective.anchor == "reference":
         with torch.no_grad():
             v_ref = _velocity(forest, model, term, reference=True)
+    anchor = v_ref if objective.anchor == "reference" else v_old
+    loss, stats = objective.loss(v, anchor, term.edges)
+    kl = torch.zeros_like(loss)
+    if objective.kl > 0.0:
         kl = (term.kl * ops.edge_dots(v, v_ref).q_N).sum()
     total = loss + kl
     total.backward()

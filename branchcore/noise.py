@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-LATENT, RECIPE = 0, 1
+LATENT, RECIPE, SHARED = 0, 1, 2
 NO_STREAM = -1
 
 
@@ -39,7 +39,8 @@ def host_generator(
         seed: seed of the run.
         iteration: training iteration.
         uid: global sample position of the prompt, the same on any number of ranks.
-        purpose: what the numbers are for; RECIPE = windows, random subsets, prompt order.
+        purpose: what the numbers are for; RECIPE = a prompt's windows and random subsets, prompt
+            order; SHARED = what all prompts of an iteration agree on.
 
     Source: numpy's Philox4x64-10; its stream is unrelated to the latents' Philox4x32-10.
     """

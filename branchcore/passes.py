@@ -30,7 +30,7 @@ def prune_dead(plan: Plan) -> Plan:
     A stochastic edge that no leaf depends on cannot be trained: its noise never reaches a reward.
     An edge with b = 0 is about its own node, so it lives without a leaf below it.
     """
-    matching = plan.train & (plan.row[:, 1] == 0.0) & (plan.parent >= 0)
+    matching = plan.train & plan.matching
     alive = plan.leaf | matching
     for lo, hi in plan.levels()[:0:-1]:
         alive[plan.parent[lo:hi][alive[lo:hi]]] = True
@@ -43,7 +43,7 @@ def share(plan: Plan) -> Plan:
     A sigma that differs in its last bit only loses sharing; it never joins what differs.
     """
     columns = columns_of(plan)
-    key_columns = ("sigma", "row", "stream", "mix", "prompt", "label", "update")
+    key_columns = ("sigma", "row", "older", "stream", "mix", "prompt", "label", "update")
     keys = [np.ascontiguousarray(columns[n]).reshape(len(plan), -1) for n in key_columns]
     raw = np.concatenate([k.view(np.uint8).reshape(len(plan), -1) for k in keys], axis=1)
     merged, kept = np.arange(len(plan)), np.zeros(len(plan), dtype=bool)

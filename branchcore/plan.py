@@ -24,6 +24,7 @@ _DTYPES = {
     "parent": np.int32,
     "sigma": np.float64,
     "row": np.float64,
+    "older": np.float64,
     "stream": np.int32,
     "mix": np.float64,
     "leaf": np.bool_,
@@ -53,6 +54,8 @@ class Plan:
     """(M,) noise level of the node, in [0, 1]."""
     row: NDArray[np.float64]
     """(M, 4) coefficients (a, b, c, s) of `y = a x + b v + c h + s eps`; see `steps`."""
+    older: NDArray[np.float64]
+    """(M,) coefficient d of third-order solvers: of the x0 prediction one level above h."""
     stream: NDArray[np.int32]
     """(M, 2) noise streams within the prompt: own, shared with siblings; -1 = none."""
     mix: NDArray[np.float64]
@@ -104,8 +107,8 @@ class Plan:
 
     @cached_property
     def history(self) -> NDArray[np.bool_]:
-        """(M,) the edge reads the x0 prediction of its parent's parent (c != 0)."""
-        return self.row[:, 2] != 0.0
+        """(M,) the edge reads the x0 prediction of its parent's parent (c or d != 0)."""
+        return (self.row[:, 2] != 0.0) | (self.older != 0.0)
 
     @cached_property
     def stochastic(self) -> NDArray[np.bool_]:
@@ -119,12 +122,18 @@ class Plan:
         inner = self.parent >= 0
         needed[self.parent[inner & (self.row[:, 1] != 0.0)]] = True
         needed[self.parent[self.parent[inner & self.history]]] = True
+        needed[self.parent[self.parent[self.parent[inner & (self.older != 0.0)]]]] = True
         return needed
+
+    @cached_property
+    def matching(self) -> NDArray[np.bool_]:
+        """(M,) edges that do not read the velocity (b = 0), re-noised states: not roots."""
+        return (self.row[:, 1] == 0.0) & (self.parent >= 0)
 
     @cached_property
     def action(self) -> Ints:
         """(M,) node whose velocity a trained edge is about: its parent, or itself where b = 0."""
-        own = (self.row[:, 1] == 0.0) | (self.parent < 0)
+        own = self.matching | (self.parent < 0)
         return np.where(own, np.arange(len(self)), self.parent)
 
     @cached_property

@@ -170,7 +170,11 @@ class MicroBatch(NamedTuple):
 
 
 def pack_parents(
-    plan: Plan, edges: Ints, max_batch: int | None, parts: Sequence[Ints] = ()
+    plan: Plan,
+    edges: Ints,
+    max_batch: int | None,
+    parts: Sequence[Ints] = (),
+    together_M: Ints | None = None,
 ) -> list[MicroBatch]:
     """Packs the parents of kept edges: taped parts whole, the rest evenly filled.
 
@@ -179,6 +183,11 @@ def pack_parents(
         edges: (E,) kept trained edges, ascending.
         max_batch: parents per micro-batch at most, for those on no tape.
         parts: node sets whose velocities are on the tape, one micro-batch each.
+        together_M: (M,) group of every edge; a group's edges stay in one micro-batch. Only for
+            edges that are about their own node, which are on no tape.
+
+    Raises:
+        ValueError: max_batch is below 1 or the size of a group.
     """
     owner = plan.action[edges]
     left = np.unique(owner)
@@ -188,11 +197,32 @@ def pack_parents(
         if len(local):
             chosen.append((nodes[local], part, local))
             left = np.setdiff1d(left, nodes)
-    for lo, hi in balanced_chunks(len(left), max_batch):
-        chosen.append((left[lo:hi], -1, np.zeros(0, dtype=np.int64)))
+    chunks = (
+        [left[lo:hi] for lo, hi in balanced_chunks(len(left), max_batch)]
+        if together_M is None
+        else _whole_groups(left, together_M[left], max_batch)
+    )
+    chosen += [(chunk, -1, np.zeros(0, dtype=np.int64)) for chunk in chunks]
     batches: list[MicroBatch] = []
     for nodes, part, local in chosen:
         mine = edges[np.isin(owner, nodes)]
         start = np.searchsorted(plan.action[mine], np.append(nodes, len(plan)))
         batches.append(MicroBatch(nodes, mine, start, part, local))
     return batches
+
+
+def _whole_groups(nodes: Ints, group: Ints, max_batch: int | None) -> list[Ints]:
+    """Fills chunks of at most max_batch with whole groups, in order."""
+    chunks: list[Ints] = []
+    open_chunk: list[Ints] = []
+    for g in np.unique(group):
+        mine = nodes[group == g]
+        if max_batch is not None and len(mine) > max_batch:
+            raise ValueError(
+                f"pack_parents: max_batch must hold a whole group of {len(mine)}, got {max_batch}"
+            )
+        if max_batch is not None and sum(map(len, open_chunk)) + len(mine) > max_batch:
+            chunks.append(np.sort(np.concatenate(open_chunk)))
+            open_chunk = []
+        open_chunk.append(mine)
+    return [*chunks, np.sort(np.concatenate(open_chunk))] if open_chunk else chunks

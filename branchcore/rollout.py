@@ -68,17 +68,21 @@ def rollout(
     if tape < 0:
         raise ValueError(f"rollout: tape must be >= 0 nodes, got {tape}")
     keep_velocity = plan.num_updates > 1 if keep_velocity is None else keep_velocity
+    trained = plan.action[plan.trained(0)]
     on_tape = np.zeros(len(plan), dtype=bool)
-    on_tape[np.unique(plan.action[plan.trained(0)])[:tape]] = True
-    waves = _waves(plan, on_tape, max_batch, device)
+    on_tape[np.unique(trained[plan.evaluated[trained]])[:tape]] = True
+    evaluated = plan.evaluated.copy()
+    if keep_velocity:
+        evaluated[plan.action[plan.trained()]] = True
+    waves = _waves(plan, evaluated, on_tape, max_batch, device)
     noise = edge_noise(plan, uids, seed, iteration, device)
     run = _Run(plan, model, noise, keep_velocity, dtype, device)
-    x, h = run.root_states(given), None
+    x, past = run.root_states(given), _Past(None, None)
     for wave in waves:
         if len(wave.kept):
             run.forest.x[wave.kept_slots] = x[wave.kept]
         v = run.evaluate(wave, x)
-        x, h = run.grow(wave, x, v, h)
+        x, past = run.grow(wave, x, v, past)
     run.check_finite()
     return run.forest
 
@@ -104,8 +108,19 @@ class _Wave(NamedTuple):
     chunks: list[_Chunk]
 
 
+class _Past(NamedTuple):
+    """x0 predictions of the parents of a level's nodes and of their parents, where asked for."""
+
+    h: Tensor | None
+    h2: Tensor | None
+
+
 def _waves(
-    plan: Plan, on_tape: NDArray[np.bool_], max_batch: int | None, device: torch.device | str
+    plan: Plan,
+    evaluated: NDArray[np.bool_],
+    on_tape: NDArray[np.bool_],
+    max_batch: int | None,
+    device: torch.device | str,
 ) -> list[_Wave]:
     slot = kept_slots(plan)
     arrays: list[Ints] = []
@@ -114,7 +129,7 @@ def _waves(
         kept = np.flatnonzero(slot[lo:hi] >= 0)
         arrays += [kept, slot[lo + kept]]
         calls: list[tuple[Ints, bool]] = []
-        nodes = lo + np.flatnonzero(plan.evaluated[lo:hi])
+        nodes = lo + np.flatnonzero(evaluated[lo:hi])
         for taped in (False, True):
             part = nodes[on_tape[nodes] == taped]
             for first, last in balanced_chunks(len(part), max_batch):
@@ -149,6 +164,7 @@ class _Run:
             [plan.prompt, plan.child_start, plan.parent], device
         )
         self.row = torch.from_numpy(plan.row).to(device)
+        self.older = torch.from_numpy(plan.older).to(device, dtype)
         self.num_elements = math.prod(model.latent_shape)
         slot = kept_slots(plan)
         x = torch.empty(int(slot.max()) + 1, self.num_elements, dtype=dtype, device=device)
@@ -212,23 +228,31 @@ class _Run:
             forest.velocity[chunk.kept_slots] = out[chunk.kept].to(self.dtype)
         return out
 
-    def grow(
-        self, wave: _Wave, x: Tensor, v: Tensor | None, h: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the next level's states, and the x0 predictions of their parents."""
+    def grow(self, wave: _Wave, x: Tensor, v: Tensor | None, past: _Past) -> tuple[Tensor, _Past]:
+        """Returns the next level's states and what it remembers of the levels above."""
         start, (lo, hi) = self.plan.child_start, wave[:2]
         first, last = int(start[lo]), int(start[hi])
         if first == last:
-            return x[:0], None
+            return x[:0], _Past(None, None)
         noise = noise_rows(self.forest.noise, first, last)
         v = torch.zeros_like(x) if v is None else v
         row, child_start = self.row[first:last], self.child_start[lo : hi + 1] - first
-        grown = ops.branch_step(x, v, row, child_start, noise, h)
+        grown = ops.branch_step(x, v, row, child_start, noise, past.h)
         self.forest.log_prob[first:last] = grown.log_prob_M
+        y, parent = grown.y_MD, self.parent[first:last] - lo
+        if past.h2 is not None:
+            y = y + self.older[first:last, None] * past.h2[parent]
+        after, beyond = int(start[first]), int(start[last])
         x0 = None
-        if self.plan.history[start[first] : start[last]].any():
-            x0 = (x - self.forest.sigma[lo:hi, None] * v)[self.parent[first:last] - lo]
-        return grown.y_MD, x0
+        if self.plan.history[after:beyond].any() or self._reaches(after, beyond):
+            x0 = (x - self.forest.sigma[lo:hi, None] * v)[parent]
+        older = past.h is not None and bool(self.plan.older[after:beyond].any())
+        return y, _Past(x0, past.h[parent] if older and past.h is not None else None)
+
+    def _reaches(self, after: int, beyond: int) -> bool:
+        """Tells whether an edge below rows after..beyond - 1 reads two levels further up."""
+        start = self.plan.child_start
+        return bool(self.plan.older[int(start[after]) : int(start[beyond])].any())
 
     def check_finite(self) -> None:
         """Raises for the first node whose velocity was not finite: the rollout's only sync."""

@@ -23,6 +23,7 @@ from branchcore.ema import Ema
 from branchcore.gradient import Statistics, log_ratio_floor
 from branchcore.metrics import bar_text, iteration_metrics
 from branchcore.model import Model
+from branchcore.objective import ClippedRatio
 from branchcore.prune import balanced_chunks
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
@@ -170,17 +171,18 @@ class Trainer:
                 max_batch=config.max_batch,
                 device=self.device,
             )
-            if batch.forest.velocity is not None and self.noise_floor is None:
-                self._measure_noise_floor(batch)
+            objective = self.recipe.objective
+            stored = batch.forest.velocity is not None
+            if isinstance(objective, ClippedRatio) and stored and self.noise_floor is None:
+                self._measure_noise_floor(batch, objective)
             batches.append(batch)
             total = total.plus(
                 accumulate(batch, self.recipe, max_batch=config.max_batch, num_planned=planned)
             )
         return batches, total
 
-    def _measure_noise_floor(self, batch: Batch) -> None:
+    def _measure_noise_floor(self, batch: Batch, objective: ClippedRatio) -> None:
         """Measures |log ratio| of unchanged weights once per run; warns if the clip is below it."""
-        objective = self.recipe.objective
         self.noise_floor = log_ratio_floor(
             batch.forest, batch.model, objective, max_batch=self.config.max_batch
         )

@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from branchcore.passes import prune_dead, share
 from branchcore.plan import Columns, Ints, Plan, column_names, from_columns
-from branchcore.steps import Step
+from branchcore.steps import Row, Step
 
 
 class Tree:
@@ -63,10 +63,11 @@ class Tree:
     def grow(
         self,
         x: ArrayLike,
-        sigma: float,
+        sigma: float | ArrayLike,
         step: Step,
         *,
         children: int = 1,
+        same_noise: bool = False,
         correlate: float | None = None,
         amplify: float | None = None,
         train: bool | ArrayLike = False,
@@ -77,9 +78,10 @@ class Tree:
 
         Args:
             x: (n,) node ids, their noise levels may differ.
-            sigma: noise level of the children.
+            sigma: noise level of the children, one or one per node of x.
             step: the solver; its row decides whether the edge is stochastic.
             children: per node.
+            same_noise: all nodes of x draw the same noise, child by child.
             correlate: s of the normalised sibling mixture (s own + shared) / sqrt(1 + s^2);
                 siblings then have correlation 1 / (1 + s^2). Source: BranchGRPO sec. 2.1.
             amplify: c; noise c * own while the row keeps its s, as BranchGRPO's released code
@@ -96,11 +98,15 @@ class Tree:
             raise ValueError(f"grow: children must be at least 1, got {children}")
         if correlate is not None and amplify is not None:
             raise ValueError("grow: correlate and amplify must not be given together")
-        rows = [self._row(int(n), sigma, step) for n in x]
-        parent, row = x.repeat(children), np.reshape(rows, (-1, 4)).repeat(children, 0)
+        levels = np.broadcast_to(np.asarray(sigma, dtype=np.float64), x.shape)
+        rows = self._rows(x, levels, step).repeat(children, 0)
+        parent, row = x.repeat(children), rows[:, :4]
         noisy = row[:, 3] > 0.0
         own, shared = np.full(len(parent), -1), np.full(len(parent), -1)
-        own[noisy] = self._new_streams(int(noisy.sum()))
+        if same_noise:
+            own = np.where(noisy, np.tile(self._new_streams(children), len(x)), -1)
+        else:
+            own[noisy] = self._new_streams(int(noisy.sum()))
         mix = np.where(noisy[:, None], (1.0 if amplify is None else float(amplify), 0.0), 0.0)
         if correlate is not None:
             if not correlate >= 0.0:
@@ -109,16 +115,31 @@ class Tree:
             scale = 1.0 / math.sqrt(1.0 + correlate**2)
             mix = np.where(noisy[:, None], (correlate * scale, scale), 0.0)
         return self._add(
-            parent, sigma, row, own, shared=shared, mix=mix, train=train, label=label, update=update
+            parent,
+            levels.repeat(children),
+            row,
+            own,
+            older=rows[:, 4],
+            shared=shared,
+            mix=mix,
+            train=train,
+            label=label,
+            update=update,
         )
 
     def chain(
-        self, x: ArrayLike, sigmas: Sequence[float], step: Step, *, train: bool = False
+        self,
+        x: ArrayLike,
+        sigmas: Sequence[float],
+        step: Step,
+        *,
+        train: bool | ArrayLike = False,
+        update: int | ArrayLike = 0,
     ) -> Ints:
         """Grows x along a list of sigmas, one child a step; an empty list returns x."""
         x = np.atleast_1d(np.asarray(x, dtype=np.int64))
         for sigma in sigmas:
-            x = self.grow(x, sigma, step, train=train)
+            x = self.grow(x, sigma, step, train=train, update=update)
         return x
 
     def leaf(self, x: ArrayLike, label: int = 0) -> Ints:
@@ -166,10 +187,25 @@ class Tree:
         plan = prune_dead(from_columns(columns).plan)
         return (share(plan) if merge else plan).validate(noisy_leaves=noisy_leaves)
 
-    def _row(self, node: int, sigma: float, step: Step) -> tuple[float, ...]:
-        above = int(self._parent[node])
-        prev_sigma = float(self._sigma[above]) if above >= 0 else None
-        return tuple(step(prev_sigma, float(self._sigma[node]), float(sigma)))
+    def _rows(self, x: Ints, sigma: NDArray[np.float64], step: Step) -> NDArray[np.float64]:
+        """Returns (n, 5) rows of the edges from x; equal steps are computed once."""
+        known: dict[tuple[float, ...], Row] = {}
+        rows: list[Row] = []
+        for node, level in zip(x.tolist(), sigma.tolist(), strict=True):
+            path = self._path(node)
+            key = (level, *path)
+            if key not in known:
+                known[key] = step(path[1:], path[0], level)
+            rows.append(known[key])
+        return np.reshape([(*row, 0.0)[:5] for row in rows], (-1, 5))
+
+    def _path(self, node: int) -> list[float]:
+        """Returns the noise levels of a node, its parent and its parent's parent, as far as any."""
+        levels: list[float] = []
+        while node >= 0 and len(levels) < 3:
+            levels.append(float(self._sigma[node]))
+            node = int(self._parent[node])
+        return levels
 
     def _new_streams(self, count: int) -> Ints:
         self._streams += count
@@ -178,10 +214,11 @@ class Tree:
     def _add(
         self,
         parent: Ints,
-        sigma: float,
+        sigma: float | ArrayLike,
         row: ArrayLike,
         own: Ints,
         *,
+        older: ArrayLike = 0.0,
         shared: ArrayLike = -1,
         mix: ArrayLike | None = None,
         train: bool | ArrayLike = False,
@@ -193,11 +230,13 @@ class Tree:
         if mix is None:
             mix = np.stack([np.where(row[:, 3] > 0, 1.0, 0.0), np.zeros(n)], axis=1)
         fill = np.broadcast_to
+        levels = fill(np.asarray(sigma, dtype=np.float64), (n,))
         self._blocks.append(
             {
                 "parent": parent,
-                "sigma": np.full(n, float(sigma)),
+                "sigma": levels,
                 "row": row,
+                "older": fill(np.asarray(older), (n,)),
                 "stream": np.stack([own, fill(np.asarray(shared), (n,))], axis=1),
                 "mix": np.asarray(mix),
                 "leaf": np.zeros(n, dtype=bool),
@@ -208,5 +247,5 @@ class Tree:
             }
         )
         self._parent = np.append(self._parent, parent)
-        self._sigma = np.append(self._sigma, np.full(n, float(sigma)))
+        self._sigma = np.append(self._sigma, levels)
         return np.arange(first, first + n)

@@ -119,6 +119,9 @@ def all_states():
             if c != 0:
                 g = int(plan.parent[p])
                 x[i] = x[i] + c * (x[g] - plan.sigma[g] * v[g])
+            if plan.older[i] != 0:
+                g = int(plan.parent[plan.parent[p]])
+                x[i] = x[i] + plan.older[i] * (x[g] - plan.sigma[g] * v[g])
             if plan.evaluated[i]:
                 with torch.no_grad():
                     v[i] = model.velocity(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from branchcore import credit, prune, recipes, schedule
-from branchcore.recipes.branching import depth_credit
+from branchcore.recipes.credits import depth_credit
 from branchcore.steps import dance_sde, euler
 from branchcore.tree import Tree
 

@@ -17,7 +17,7 @@ ONE = torch.tensor([0, 1])
 
 
 def dance_row(i):
-    return torch.tensor([steps.dance_sde(0.3)(None, SG[i], SG[i + 1])], dtype=torch.float64)
+    return torch.tensor([steps.dance_sde(0.3)((), SG[i], SG[i + 1])[:4]], dtype=torch.float64)
 
 
 def child(i):

@@ -13,7 +13,7 @@ LAYERS = [
     {"reference", "_check", "_dispatch", "testing", "noise"},
     {"ops"},
     {"schedule", "steps", "plan", "_plan_checks", "passes", "tree", "drawing", "credit", "prune"},
-    {"model", "forest", "rollout", "objective", "gradient"},
+    {"model", "forest", "rollout", "objective", "matching", "gradient"},
     {
         "recipes",
         "rewards",

@@ -9,9 +9,9 @@ import torch
 from branchcore import ops, recipes, schedule
 from branchcore.forest import noise_rows
 from branchcore.gradient import gradient, live_edges
-from branchcore.objective import Objective
+from branchcore.objective import ClippedRatio
 from branchcore.rollout import rollout
-from branchcore.steps import cps, dance_sde, euler
+from branchcore.steps import cps, dance_sde, euler, renoise
 from branchcore.tree import Tree
 
 F64 = {"dtype": torch.float64}
@@ -110,7 +110,7 @@ def test_after_an_update_the_ratio_is_the_published_one(ratio, clip, toy, all_st
     (total / len(edges)).backward()
     exact = model.gradient()
     model.zero_grad()
-    objective = Objective(ratio=ratio, clip=(clip, clip))
+    objective = ClippedRatio(ratio=ratio, clip=(clip, clip))
     stats = gradient(forest, model, advantage, weight, objective, anchor="rollout", max_batch=6)
     assert relative(model.gradient(), exact) <= 1e-9
     assert float(stats.loss) == pytest.approx(float(total.detach()) / len(edges), abs=1e-12)
@@ -141,7 +141,7 @@ def test_log_ratio_error_after_an_update_at_65536_elements():
     v = v_old + 5e-3 * torch.randn(1, d, generator=rng)
     start = torch.tensor([0, 4])
     noise = noise_rows(forest.noise, 1, 5)
-    exponent = Objective().exponent(plan.row[1:5])
+    exponent = ClippedRatio().exponent(plan.row[1:5])
     p, q = ops.edge_dots(v, v_old, start, noise)
     got = exponent[:, 0] * p.double().numpy() - exponent[:, 1] * float(q.double())
     eps = ops.philox_normal(noise, d, torch.float64)
@@ -155,7 +155,7 @@ def test_log_ratio_error_after_an_update_at_65536_elements():
 def test_kl_to_the_reference(form, toy, all_states):
     recipe, plan, advantage, weight = setting("branch_mix")
     model = toy()
-    objective = Objective(clip=recipe.objective.clip, kl=0.3, kl_form=form)
+    objective = ClippedRatio(clip=recipe.objective.clip, kl=0.3, kl_form=form)
     forest = rollout(plan, model, [4, 9], seed=5, iteration=3, tape=4, **F64)
     x, _ = all_states(plan, model, forest.noise)
     stats = gradient(forest, model, 0 * advantage, weight, objective, max_batch=5)
@@ -309,13 +309,13 @@ def test_later_updates_need_velocities_and_matching_edges_an_objective_of_their_
     assert int(a.ratio.edges) + int(b.ratio.edges) == plan.counts().trained_edges
     t = Tree()
     x = t.leaf(t.grow(t.roots(2), 0.0, euler))
-    t.grow(x, 0.5, lambda _p, _s, n: (1 - n, 0.0, 0.0, n), train=True)
+    t.grow(x, 0.5, renoise, train=True)
     plan = t.plan()
     assert (plan.action[plan.train] == np.flatnonzero(plan.train)).all()
     forest = rollout(plan, model, [0], seed=0, **F64)
     ones = np.ones(len(plan))
-    with pytest.raises(NotImplementedError, match="b = 0 need a matching objective"):
-        gradient(forest, model, np.stack([ones, ones], 1), ones, Objective())
+    with pytest.raises(ValueError, match=r"must be sampling steps \(b != 0\) for ClippedRatio"):
+        gradient(forest, model, np.stack([ones, ones], 1), ones, ClippedRatio())
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_cps_and_dance_steps_mix_in_one_micro_batch(toy):
     forest = rollout(plan, model, [0], seed=0, **F64)
     model.rows.clear()
     advantage = np.tile([1.0, 0.0], (len(plan), 1))
-    stats = gradient(forest, model, advantage, np.ones(len(plan)), Objective())
+    stats = gradient(forest, model, advantage, np.ones(len(plan)), ClippedRatio())
     assert (stats.parents, model.rows) == (1, [1])
 
 
@@ -363,4 +363,4 @@ def test_cps_and_dance_steps_mix_in_one_micro_batch(toy):
 )
 def test_objective_refuses_bad_values(options, message):
     with pytest.raises(ValueError, match=message):
-        Objective(**options)
+        ClippedRatio(**options)

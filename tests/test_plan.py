@@ -165,9 +165,9 @@ def test_branch_edges_are_dealt_at_random_and_equally():
 
 
 def test_a_recipe_may_depend_on_the_iteration_unless_it_says_not():
-    def grow(tree, iteration, rng):
-        x = tree.grow(tree.roots(2), 0.5, dance_sde(0.3), train=True, label=iteration)
-        tree.leaf(tree.grow(x, 0.0, euler), label=iteration)
+    def grow(tree, at):
+        x = tree.grow(tree.roots(2), 0.5, dance_sde(0.3), train=True, label=at.iteration)
+        tree.leaf(tree.grow(x, 0.0, euler), label=at.iteration)
 
     recipe = recipes.Recipe(name="window", grow=grow, credit=None, objective=None)
     assert [recipe.plan([0], seed=0, iteration=i).label.max() for i in (0, 5)] == [0, 5]
@@ -197,7 +197,7 @@ def corrupt(plan, **changes):
         ({"parent": (5, 7)}, r"row 6 .*parents must be sorted, got 4"),
         ({"parent": (218, 218)}, r"row 218 .*parent must be an earlier row or -1, got 218"),
         ({"parent": (40, 0)}, r"row 40 .*parents must be sorted, got 0"),
-        ({"row": ((9, 1), -0.05)}, r"row 9 .*a \(1 - sigma_p\) - b \+ c must be 1 - sigma"),
+        ({"row": ((9, 1), -0.05)}, r"row 9 .*a \(1 - sigma_p\) - b \+ c \+ d must be 1 - sigma"),
         ({"row": ((9, 0), np.nan)}, r"row 9 .*must be finite"),
         ({"row": ((9, 3), 0.0)}, r"row 9 .*\(a sigma_p \+ b\)\^2 \+ s\^2 must be >= sigma\^2"),
         ({"row": ((203, 3), 0.5)}, r"row 203 .*own stream must be set exactly where s > 0, got -1"),

@@ -8,7 +8,7 @@ import branchcore
 from branchcore import forest as forests
 from branchcore import passes, recipes, schedule
 from branchcore.rollout import rollout
-from branchcore.steps import Row, dance_sde, euler
+from branchcore.steps import dance_sde, dpmpp, euler
 from branchcore.tree import Tree
 
 F64 = {"dtype": torch.float64}
@@ -124,28 +124,15 @@ def test_one_plan_of_mixed_methods_equals_each_alone(toy):
         assert (together.leaves[mine] - forest.leaves).abs().max() <= 1e-13
 
 
-def multistep(prev_sigma, sigma, after):
-    """DPM-Solver++(2M) as a row: the history coefficient of a real second-order solver."""
-    if prev_sigma is None or after == 0.0:
-        return euler(prev_sigma, sigma, after)
-
-    def log_snr(s):
-        return np.log((1 - s) / s) if s < 1 else -8.0
-
-    h = log_snr(after) - log_snr(sigma)
-    ratio = h / (log_snr(sigma) - log_snr(prev_sigma))
-    weight = -(1 - after) * np.expm1(-h)
-    now, before = weight * (1 + ratio / 2), -weight * ratio / 2
-    return Row(after / sigma + now, -sigma * now, before, 0.0)
-
-
-def test_history_reaches_one_level_and_is_shared_by_siblings(toy, all_states):
+@pytest.mark.parametrize("order", [2, 3])
+def test_history_reaches_up_and_is_shared_by_siblings(order, toy, all_states):
     t = Tree()
     x = t.grow(t.roots(1), SG[1], euler)
     kids = t.grow(x, SG[2], dance_sde(0.3), children=3, train=True)
-    t.leaf(t.chain(kids, SG[3:], multistep))
+    t.leaf(t.chain(kids, SG[3:], dpmpp(order)))
     plan, model = t.plan(), toy()
     assert plan.history.sum() == 15
+    assert (plan.older != 0).sum() == (12 if order == 3 else 0)
     forest = rollout(plan, model, [0], seed=1, **F64)
     exact, _ = all_states(plan, model, forest.noise)
     leaves = torch.stack([exact[int(i)] for i in np.flatnonzero(plan.leaf)])

@@ -81,7 +81,7 @@ def test_bad_input_is_one_clear_error(call, message):
     ],
 )
 def test_dance_step_golden_case_2(i, s, mean):
-    row = steps.dance_sde(0.3)(None, SG[i], SG[i + 1])
+    row = steps.dance_sde(0.3)((), SG[i], SG[i + 1])
     assert row.s == pytest.approx(s, abs=1e-7)
     np.testing.assert_allclose(row.a * X + row.b * V, mean, atol=1e-7)
 
@@ -95,7 +95,7 @@ def test_dance_step_golden_case_2(i, s, mean):
     ],
 )
 def test_flow_step_golden_case_3(i, s, mean):
-    row = steps.flow_sde(0.7, SG[1])(None, SG[i], SG[i + 1])
+    row = steps.flow_sde(0.7, SG[1])((), SG[i], SG[i + 1])
     assert row.s == pytest.approx(s, abs=5e-7)
     np.testing.assert_allclose(row.a * X + row.b * V, mean, atol=1e-7)
 
@@ -103,8 +103,8 @@ def test_flow_step_golden_case_3(i, s, mean):
 def test_flow_with_constant_diffusion_equals_dance_case_3():
     for i in range(1, 20):
         level = 0.3 * math.sqrt((1 - SG[i]) / SG[i])
-        flow = steps.flow_sde(level, SG[1])(None, SG[i], SG[i + 1])
-        np.testing.assert_allclose(flow, steps.dance_sde(0.3)(None, SG[i], SG[i + 1]), atol=1e-15)
+        flow = steps.flow_sde(level, SG[1])((), SG[i], SG[i + 1])
+        np.testing.assert_allclose(flow, steps.dance_sde(0.3)((), SG[i], SG[i + 1]), atol=1e-15)
 
 
 ALL = [steps.euler, steps.dance_sde(0.3), steps.flow_sde(0.7, SG[1]), steps.cps(0.8)]
@@ -113,7 +113,7 @@ ALL = [steps.euler, steps.dance_sde(0.3), steps.flow_sde(0.7, SG[1]), steps.cps(
 @pytest.mark.parametrize("step", ALL)
 def test_every_row_keeps_the_clean_image_and_loses_no_noise(step):
     for sigma, after in itertools.pairwise(SG):
-        a, b, c, s = step(None, sigma, after)
+        a, b, c, s, _ = step((), sigma, after)
         assert a * (1 - sigma) - b + c == pytest.approx(1 - after, abs=1e-14)
         assert (a * sigma + b) ** 2 + s**2 >= after**2 - 1e-14
 
@@ -122,14 +122,14 @@ def test_flow_excess_variance_closed_form():
     for i in range(1, 20):
         sigma, after = SG[i], SG[i + 1]
         dt, g2 = sigma - after, 0.49 * sigma / (1 - sigma)
-        a, b, _, s = steps.flow_sde(0.7, SG[1])(None, sigma, after)
+        a, b, _, s, _ = steps.flow_sde(0.7, SG[1])((), sigma, after)
         excess = (a * sigma + b) ** 2 + s**2 - after**2
         assert excess == pytest.approx(g2 * dt**2 / sigma + (g2 * dt / (2 * sigma)) ** 2, rel=1e-9)
 
 
 def test_cps_keeps_the_noise_level_and_ends_deterministic():
     for sigma, after in itertools.pairwise(SG):
-        a, b, _, s = steps.cps(0.8)(None, sigma, after)
+        a, b, _, s, _ = steps.cps(0.8)((), sigma, after)
         assert (a * sigma + b) ** 2 + s**2 == pytest.approx(after**2, abs=1e-14)
     assert s == 0.0
 
@@ -142,7 +142,7 @@ def gaussian_std(step, num_steps, mean=1.3, std=0.4):
         total = (1 - sigma) ** 2 * std**2 + sigma**2
         slope = (sigma - (1 - sigma) * std**2) / total
         offset = -mean - slope * (1 - sigma) * mean
-        a, b, _, s = step(sg)(None, sigma, after)
+        a, b, _, s, _ = step(sg)((), sigma, after)
         m, var = (a + b * slope) * m + b * offset, (a + b * slope) ** 2 * var + s**2
     return m, math.sqrt(var)
 
@@ -165,7 +165,7 @@ def test_exact_gaussian_marginals(step, wanted):
 
 def test_golden_table_of_sd35():
     sg = schedule.flow_match_euler(10)
-    s = [steps.flow_sde(0.7, sg[1])(None, a, b).s for a, b in itertools.pairwise(sg)]
+    s = [steps.flow_sde(0.7, sg[1])((), a, b).s for a, b in itertools.pairwise(sg)]
     wanted = [0.7, 0.7430, 0.5362, 0.4459, 0.3918, 0.3528, 0.3191, 0.2820, 0.2254, 0.0063]
     np.testing.assert_allclose(s, wanted, atol=6e-5)
     assert np.mean(s[:9]) == pytest.approx(0.44400, abs=2e-5)
@@ -177,7 +177,7 @@ def test_leaf_variance_of_a_tree_golden_case_7(amplify, variance):
     tau2, var = 0.5, 1.0
     for i, (sigma, after) in enumerate(itertools.pairwise(SG)):
         slope = (sigma - (1 - sigma) * tau2) / ((1 - sigma) ** 2 * tau2 + sigma**2)
-        a, b, _, s = steps.dance_sde(0.3)(None, sigma, after)
+        a, b, _, s, _ = steps.dance_sde(0.3)((), sigma, after)
         scale = amplify if amplify and i in (0, 3, 6, 9) else 1.0
         var = (a + b * slope) ** 2 * var + (scale * s) ** 2
     assert var == pytest.approx(variance, abs=1e-6)

@@ -1,22 +1,41 @@
-"""Published methods, one small file each; `build` finds one by name."""
+"""Published methods, one small file each; a method is the function named like its file.
+
+`build` finds one by name; a new file in this folder is found without being listed anywhere.
+"""
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable, Sequence
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from branchcore.recipes.branch_grpo import branch_grpo
-from branchcore.recipes.branch_mix import branch_mix
-from branchcore.recipes.branchcore import branchcore
-from branchcore.recipes.dance_grpo import dance_grpo
-from branchcore.recipes.flow_grpo import flow_grpo
-from branchcore.recipes.recipe import Recipe
+from branchcore.recipes.recipe import Preset, Recipe
+from branchcore.recipes.scale import leaf_options
 
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    builder.__name__: builder
-    for builder in (branch_grpo, branch_mix, branchcore, dance_grpo, flow_grpo)
-}
+Builder = Callable[..., Recipe]
+
+
+def _discover() -> tuple[dict[str, Builder], dict[str, Mapping[str, Preset]]]:
+    builders: dict[str, Builder] = {}
+    presets: dict[str, Mapping[str, Preset]] = {}
+    for name in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+        module = importlib.import_module(f"{__name__}.{name}")
+        builder = getattr(module, name, None)
+        if inspect.isfunction(builder):
+            builders[name] = builder
+            presets[name] = getattr(module, "PRESETS", {})
+    return builders, presets
+
+
+RECIPES, PRESETS = _discover()
+globals().update(RECIPES)
+
+
+def __getattr__(name: str) -> Builder:
+    """Names the known recipes where an unknown one is asked for."""
+    raise AttributeError(f"recipes: name must be from {tuple(RECIPES)}, got {name!r}")
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:
@@ -51,14 +70,36 @@ def build(name: str, sigmas: Sequence[float], **options: Any) -> Recipe:
     return RECIPES[name](sigmas, **options)
 
 
+def preset_of(name: str, preset: str) -> Preset:
+    """Returns a published configuration of a recipe, such as "flux" or "sd3.5-m".
+
+    Raises:
+        ValueError: an unknown recipe or preset.
+    """
+    options_of(name)
+    if preset not in PRESETS[name]:
+        raise ValueError(f"{name}: preset must be from {tuple(PRESETS[name])}, got {preset!r}")
+    return PRESETS[name][preset]
+
+
+def build_preset(name: str, preset: str, **options: Any) -> Recipe:
+    """Builds a recipe as published, on its own schedule; options override the preset's.
+
+    Raises:
+        ValueError, TypeError: as `preset_of` and `build`.
+    """
+    chosen = preset_of(name, preset)
+    return build(name, chosen.sigmas, **{**chosen.options, **options})
+
+
 __all__ = [
+    "PRESETS",
     "RECIPES",
+    "Preset",
     "Recipe",
-    "branch_grpo",
-    "branch_mix",
-    "branchcore",
     "build",
-    "dance_grpo",
-    "flow_grpo",
+    "build_preset",
+    "leaf_options",
     "options_of",
+    "preset_of",
 ]

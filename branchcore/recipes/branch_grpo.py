@@ -13,10 +13,18 @@ import numpy as np
 
 from branchcore import prune
 from branchcore.credit import Floats
-from branchcore.objective import Objective
+from branchcore.objective import ClippedRatio
 from branchcore.plan import Plan
-from branchcore.recipes.branching import check_splits, depth_credit, grow_branching, scaled_splits
-from branchcore.recipes.recipe import Prune, Recipe, check_sigmas, check_updates, keeps_options
+from branchcore.recipes.branching import check_splits, grow_branching, scaled_splits
+from branchcore.recipes.credits import depth_credit
+from branchcore.recipes.recipe import (
+    Moment,
+    Prune,
+    Recipe,
+    check_sigmas,
+    check_updates,
+    keeps_options,
+)
 from branchcore.steps import dance_sde
 from branchcore.tree import Tree
 
@@ -91,15 +99,15 @@ def branch_grpo(
     )
     check_updates("branch_grpo", updates)
 
-    def grow(t: Tree, _iteration: int, rng: np.random.Generator) -> None:
+    def grow(t: Tree, at: Moment) -> None:
         noise = {"correlate": correlate, "amplify": amplify}
-        grow_branching(t, sg, children, range(steps), sde, **noise, updates=updates, rng=rng)
+        grow_branching(t, sg, children, range(steps), sde, **noise, updates=updates, rng=at.rng)
 
     return Recipe(
         name="branch_grpo",
         grow=grow,
         credit=depth_credit(beta=beta, local=local),
-        objective=Objective(clip=(clip, clip), kl=kl),
+        objective=ClippedRatio(clip=(clip, clip), kl=kl),
         prune=_pruner(pruning, prune_share, prune_pool, window),
         varies=updates > 1,
         updates=updates,

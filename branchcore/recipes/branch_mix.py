@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from branchcore.objective import Objective
-from branchcore.recipes.branching import check_splits, depth_credit, grow_branching, scaled_splits
-from branchcore.recipes.recipe import Recipe, check_sigmas, check_updates, keeps_options
+from branchcore.objective import ClippedRatio
+from branchcore.recipes.branching import check_splits, grow_branching, scaled_splits
+from branchcore.recipes.credits import depth_credit
+from branchcore.recipes.recipe import Moment, Recipe, check_sigmas, check_updates, keeps_options
 from branchcore.steps import dance_sde
 from branchcore.tree import Tree
 
@@ -62,15 +61,15 @@ def branch_mix(
     check_updates("branch_mix", updates)
     sde = dance_sde(eta)
 
-    def grow(t: Tree, _iteration: int, rng: np.random.Generator) -> None:
+    def grow(t: Tree, at: Moment) -> None:
         noise = {"correlate": correlate, "amplify": amplify}
-        grow_branching(t, sg, children, sde_steps, sde, **noise, updates=updates, rng=rng)
+        grow_branching(t, sg, children, sde_steps, sde, **noise, updates=updates, rng=at.rng)
 
     return Recipe(
         name="branch_mix",
         grow=grow,
         credit=depth_credit(beta=beta, local=local),
-        objective=Objective(clip=(clip, clip), kl=kl),
+        objective=ClippedRatio(clip=(clip, clip), kl=kl),
         varies=updates > 1,
         updates=updates,
     )

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from branchcore.objective import Objective
-from branchcore.recipes.branching import check_splits, depth_credit, grow_branching, scaled_splits
-from branchcore.recipes.recipe import Recipe, check_sigmas, check_updates, keeps_options
+from branchcore.objective import ClippedRatio
+from branchcore.recipes.branching import check_splits, grow_branching, scaled_splits
+from branchcore.recipes.credits import depth_credit
+from branchcore.recipes.recipe import Moment, Recipe, check_sigmas, check_updates, keeps_options
 from branchcore.steps import dance_sde
 from branchcore.tree import Tree
 
@@ -46,15 +45,15 @@ def branchcore(
     check_updates("branchcore", updates)
     sde = dance_sde(eta)
 
-    def grow(t: Tree, _iteration: int, rng: np.random.Generator) -> None:
+    def grow(t: Tree, at: Moment) -> None:
         noise = {"correlate": correlate, "amplify": None}
-        grow_branching(t, sg, children, children, sde, **noise, updates=updates, rng=rng)
+        grow_branching(t, sg, children, children, sde, **noise, updates=updates, rng=at.rng)
 
     return Recipe(
         name="branchcore",
         grow=grow,
         credit=depth_credit(),
-        objective=Objective(clip=(clip, clip), kl=kl),
+        objective=ClippedRatio(clip=(clip, clip), kl=kl),
         varies=updates > 1,
         updates=updates,
     )

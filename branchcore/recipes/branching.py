@@ -1,4 +1,4 @@
-"""What the branching recipes share: the tree with splits, and fused, depth-wise credit."""
+"""What the branching recipes share: the tree with splits."""
 
 from __future__ import annotations
 
@@ -7,17 +7,6 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from branchcore.credit import (
-    EdgeCredit,
-    Floats,
-    edge_values,
-    lift,
-    mean_weight,
-    split_sign,
-    standardize,
-)
-from branchcore.plan import Plan
-from branchcore.recipes.recipe import Credit
 from branchcore.steps import Step, euler
 from branchcore.tree import Tree
 
@@ -102,25 +91,3 @@ def grow_branching(
     t.leaf(x)
     if updates > 1:
         t.deal_updates(updates, rng)
-
-
-def depth_credit(*, beta: float = 0.0, local: bool = False) -> Credit:
-    """Returns BranchGRPO's credit: rewards fused upward, standardised per tree and depth.
-
-    Args:
-        beta: inverse temperature of the fusion; 0 = mean over descendant leaves. Multiplies mean
-            log-probabilities; for the sum scale multiply it by the number of latent elements.
-        local: softmax over the immediate children, as the released code.
-
-    Source: BranchGRPO eq. 3-4: ddof 1, eps 1e-8, advantage 0 where a depth's std is below 1e-6.
-    """
-
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, log_prob_M: Floats) -> EdgeCredit:
-        weight_M = mean_weight(plan, log_prob_M, beta=beta, local=local)
-        fused = lift(plan, rewards_LR, weight_M)
-        value = edge_values(plan, fused)
-        group = plan.group(("tree", "depth"))
-        advantage = standardize(value, group, ddof=1, eps=1e-8, floor=1e-6, among=plan.stochastic)
-        return split_sign(advantage, weight_R)
-
-    return credit

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from branchcore.objective import Objective
-from branchcore.recipes.chains import group_credit
-from branchcore.recipes.recipe import Recipe, check_sigmas, check_updates, keeps_options
+from branchcore.objective import ClippedRatio
+from branchcore.recipes.credits import group_credit
+from branchcore.recipes.recipe import Moment, Recipe, check_sigmas, check_updates, keeps_options
 from branchcore.steps import dance_sde, euler
 from branchcore.tree import Tree
 
@@ -54,9 +54,9 @@ def dance_grpo(
     check_updates("dance_grpo", updates, group)
     sde = dance_sde(eta)
 
-    def grow(t: Tree, _iteration: int, rng: np.random.Generator) -> None:
+    def grow(t: Tree, at: Moment) -> None:
         x = t.roots(group, same_noise=same_noise)
-        order = rng.permuted(np.tile(np.arange(num_steps), (group, 1)), axis=1)
+        order = at.rng.permuted(np.tile(np.arange(num_steps), (group, 1)), axis=1)
         update = np.arange(group) * updates // group
         for i, sigma in enumerate(sg[1:-1]):
             train = (order[:, :num_trained] == i).any(1)
@@ -67,7 +67,7 @@ def dance_grpo(
         name="dance_grpo",
         grow=grow,
         credit=group_credit(ddof=1, eps=1e-8, separate=separate),
-        objective=Objective(clip=(clip, clip), kl=kl),
+        objective=ClippedRatio(clip=(clip, clip), kl=kl),
         varies=num_trained < num_steps,
         updates=updates,
     )

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from branchcore.objective import Objective
-from branchcore.recipes.chains import group_credit
-from branchcore.recipes.recipe import Recipe, check_sigmas, check_updates, keeps_options
+from branchcore.objective import ClippedRatio
+from branchcore.recipes.credits import group_credit
+from branchcore.recipes.recipe import Moment, Recipe, check_sigmas, check_updates, keeps_options
 from branchcore.steps import euler, flow_sde
 from branchcore.tree import Tree
 
@@ -45,7 +45,7 @@ def flow_grpo(
     sde = flow_sde(noise_level, sg[1])
     check_updates("flow_grpo", updates, group)
 
-    def grow(t: Tree, _iteration: int, _rng: np.random.Generator) -> None:
+    def grow(t: Tree, _at: Moment) -> None:
         x = t.roots(group)
         update = np.arange(group) * updates // group
         for sigma in sg[1:-1]:
@@ -56,7 +56,7 @@ def flow_grpo(
         name="flow_grpo",
         grow=grow,
         credit=group_credit(ddof=0, eps=1e-4, reward_first=True, global_std=global_std),
-        objective=Objective(clip=(clip, clip), kl=kl, kl_form=kl_form),  # pyright: ignore[reportArgumentType]
+        objective=ClippedRatio(clip=(clip, clip), kl=kl, kl_form=kl_form),  # pyright: ignore[reportArgumentType]
         varies=False,
         updates=updates,
     )

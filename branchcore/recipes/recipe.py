@@ -13,14 +13,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from branchcore.credit import EdgeCredit, Floats
-from branchcore.noise import host_generator
+from branchcore.noise import SHARED, host_generator
 from branchcore.objective import Objective
 from branchcore.passes import concat
 from branchcore.plan import Plan
 from branchcore.prune import keep_all
 from branchcore.tree import Tree
 
-Grow = Callable[[Tree, int, np.random.Generator], None]
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """When and for whom a tree is grown; all randomness of a recipe comes from here."""
+
+    seed: int
+    """Of the run."""
+    iteration: int
+    """Of the run, from 0."""
+    uid: int
+    """Global sample position of the prompt."""
+
+    @functools.cached_property
+    def rng(self) -> np.random.Generator:
+        """Numbers of this prompt, the same on any number of ranks and in any batch."""
+        return host_generator(self.seed, self.iteration, self.uid)
+
+    @functools.cached_property
+    def shared_rng(self) -> np.random.Generator:
+        """Numbers that all prompts of the iteration agree on, on all ranks."""
+        return host_generator(self.seed, self.iteration, 0, SHARED)
+
+
+Grow = Callable[[Tree, Moment], None]
 Credit = Callable[[Plan, Floats, Floats, Floats], EdgeCredit]
 Prune = Callable[[Plan, Floats, int], Floats]
 
@@ -31,17 +54,19 @@ class Recipe:
 
     name: str
     grow: Grow
-    """(tree, iteration, generator): grows one prompt's tree."""
+    """(tree, moment): grows one prompt's tree."""
     credit: Credit
     """(plan, rewards (L, R), reward weights (R,), log_prob (M,)) -> EdgeCredit."""
     objective: Objective
     prune: Prune = field(default=lambda plan, _value, _iteration: keep_all(plan))
     """(plan, value (M,) of `EdgeCredit`, iteration from 0) -> (M,) edge weights."""
     varies: bool = True
-    """The tree depends on the iteration or the generator (windows, random subsets). False lets
+    """The tree depends on the moment (windows, random subsets). False lets
     one tree be grown once and used for all prompts and iterations."""
     updates: int = 1
     """Optimizer updates per iteration."""
+    noisy_leaves: bool = False
+    """Leaves may be at sigma > 0, as MixGRPO-Flash's last windows leave them."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The builder's arguments by name; a resumed run must have the same."""
     _cache: dict[int, Plan] = field(default_factory=dict[int, Plan], repr=False, compare=False)
@@ -62,8 +87,22 @@ class Recipe:
 
     def _one(self, seed: int, iteration: int, uid: int) -> Plan:
         tree = Tree()
-        self.grow(tree, iteration, host_generator(seed, iteration, uid))
-        return tree.plan()
+        self.grow(tree, Moment(seed=seed, iteration=iteration, uid=uid))
+        return tree.plan(noisy_leaves=self.noisy_leaves)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A published configuration of a recipe."""
+
+    sigmas: Sequence[float]
+    """(T + 1,) its schedule."""
+    options: Mapping[str, Any]
+    """Options of the recipe that differ from its defaults."""
+    trainer: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of `TrainerConfig`: learning rate and the like."""
+    source: str
+    """Paper or script, and what else it sets: resolution, guidance, adapter."""
 
 
 P = ParamSpec("P")

@@ -1,4 +1,4 @@
-"""Credit of chain methods: one advantage per image, the same for every step that led to it."""
+"""How rewards become advantages, one function per published estimator; recipes choose one."""
 
 from __future__ import annotations
 
@@ -44,5 +44,27 @@ def group_credit(
         scores = standardize(rewards_LR, group, ddof=ddof, eps=eps, spread=spread)
         advantage = edge_values(plan, lift(plan, scores, mean_weight(plan)))
         return split_sign(advantage, weight_R, separate=separate)
+
+    return credit
+
+
+def depth_credit(*, beta: float = 0.0, local: bool = False) -> Credit:
+    """Returns BranchGRPO's credit: rewards fused upward, standardised per tree and depth.
+
+    Args:
+        beta: inverse temperature of the fusion; 0 = mean over descendant leaves. Multiplies mean
+            log-probabilities; for the sum scale multiply it by the number of latent elements.
+        local: softmax over the immediate children, as the released code.
+
+    Source: BranchGRPO eq. 3-4: ddof 1, eps 1e-8, advantage 0 where a depth's std is below 1e-6.
+    """
+
+    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, log_prob_M: Floats) -> EdgeCredit:
+        weight_M = mean_weight(plan, log_prob_M, beta=beta, local=local)
+        fused = lift(plan, rewards_LR, weight_M)
+        value = edge_values(plan, fused)
+        group = plan.group(("tree", "depth"))
+        advantage = standardize(value, group, ddof=1, eps=1e-8, floor=1e-6, among=plan.stochastic)
+        return split_sign(advantage, weight_R)
 
     return credit

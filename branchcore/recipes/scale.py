@@ -1,0 +1,49 @@
+"""Options that give a method a wanted number of leaves: what compares methods at equal compute."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from branchcore.recipes.branching import scaled_splits
+
+
+def prime_factors(number: int) -> tuple[int, ...]:
+    """Returns the prime factors in ascending order: 12 = 2 2 3, 24 = 2 2 2 3, 81 = 3 3 3 3."""
+    factors: list[int] = []
+    while number > 1:
+        factor = next(f for f in range(2, number + 1) if number % f == 0)
+        factors.append(factor)
+        number //= factor
+    return tuple(factors)
+
+
+def leaf_options(options: Collection[str], leaves: int, steps: int) -> dict[str, Any]:
+    """Returns options of a recipe for `leaves` leaves per prompt (per branching step on a trunk).
+
+    Chains get a group of that size, trees its prime factors, split as "dense" scales to `steps`,
+    trunks the children nearest to 6 that divide it.
+
+    Args:
+        options: names of the recipe's options.
+        leaves: at least 2.
+        steps: T.
+
+    Raises:
+        ValueError: too few leaves, or a recipe whose size no option of these names sets.
+    """
+    if leaves < 2:
+        raise ValueError(f"leaf_options: leaves must be at least 2, got {leaves}")
+    factors = prime_factors(leaves)
+    if "group" in options:
+        return {"group": leaves}
+    if "branching" in options:
+        splits = {"splits": scaled_splits("dense", steps, len(factors))}
+        return {"branching": factors, **(splits if "splits" in options else {})}
+    if "trunks" in options and "children" in options:
+        divisors = [d for d in range(2, leaves + 1) if leaves % d == 0]
+        children = min(divisors, key=lambda d: abs(d - 6))
+        return {"trunks": leaves // children, "children": children}
+    raise ValueError(
+        f"leaf_options: options must have 'group', 'branching' or 'trunks', got {sorted(options)}"
+    )
