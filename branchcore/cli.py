@@ -1,4 +1,4 @@
-"""Command line: `python -m branchcore train | sample | explain`."""
+"""Command line: `python -m branchcore train | sample | plan | explain`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from branchcore import checkpoint, recipes
 from branchcore._dispatch import explain
 from branchcore.drawing import draw
 from branchcore.plots import curves
+from branchcore.report import plan_report
+from branchcore.schedule import shifted_linear
 from branchcore.trainer import Metrics, Trainer
 from branchcore.trainer_config import TrainerConfig
 
@@ -68,6 +70,20 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, help="PNG to write")
     sample.set_defaults(run=_sample)
 
+    plan = commands.add_parser("plan", help="show a recipe's tree and what it costs")
+    plan.add_argument("recipe", help=", ".join(recipes.RECIPES))
+    plan.add_argument("--preset", help="a published configuration, e.g. flux or sd3.5-m")
+    plan.add_argument("--steps", type=int, help="sampling steps T (10)")
+    plan.add_argument("--shift", type=float, help="of the schedule (3)")
+    plan.add_argument("--leaves", type=int, help="leaves per prompt; trunks: per step")
+    plan.add_argument("--iteration", type=int, default=0, help="windows depend on it")
+    plan.add_argument("--seed", type=int, default=0)
+    plan.add_argument("--prompt", type=int, default=0, help="random trees depend on it")
+    plan.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the recipe"
+    )
+    plan.set_defaults(run=_plan)
+
     kernels = commands.add_parser("explain", help="which kernels run here, and why")
     kernels.set_defaults(run=_explain)
     for command in commands.choices.values():
@@ -77,6 +93,29 @@ def _parser() -> argparse.ArgumentParser:
 
 def _explain(_args: argparse.Namespace) -> None:
     print(explain())
+
+
+def _plan(args: argparse.Namespace) -> None:
+    known = recipes.options_of(args.recipe)
+    options, fields = settings(args.set, args.recipe)
+    if fields:
+        raise ValueError(f"--set must name options from {tuple(known)}, got {sorted(fields)}")
+    given = {"steps": args.steps, "shift": args.shift}
+    if args.preset is not None:
+        preset = recipes.preset_of(args.recipe, args.preset)
+        both = [f"--{name}" for name, value in given.items() if value is not None]
+        if both:
+            raise ValueError(f"--preset must come with its own schedule, got {both} too")
+        sigmas, options = preset.sigmas, {**preset.options, **options}
+        print(f"{args.preset}: {preset.source}\ntrainer {dict(preset.trainer)}")
+    else:
+        sigmas = shifted_linear(args.steps or 10, 3.0 if args.shift is None else args.shift)
+    if args.leaves is not None:
+        options = recipes.leaf_options(tuple(known), args.leaves, len(sigmas) - 1) | options
+    recipe = recipes.build(args.recipe, sigmas, **options)
+    print(f"{args.recipe}, T = {len(sigmas) - 1}, {options or 'defaults'}\n")
+    where = {"seed": args.seed, "iteration": args.iteration, "uid": args.prompt}
+    print(plan_report(recipe, sigmas, **where))
 
 
 def _task(name: str, **options: Any) -> Any:

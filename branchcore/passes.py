@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from branchcore.plan import Plan, Rewritten, column_names, columns_of, from_columns
+from branchcore.plan import Ints, Plan, Rewritten, column_names, columns_of, from_columns
 
 
 def concat(plans: Sequence[Plan]) -> Plan:
@@ -66,20 +66,25 @@ def share(plan: Plan) -> Plan:
 def unshare(plan: Plan) -> Rewritten:
     """Takes a plan apart into independent chains on the same noise: the naive work.
 
-    Every childless node becomes the end of a chain of its own; a trained edge is repeated in each
-    chain through it. Credit by tree belongs to the shared plan: take it there and carry it over by
-    `origin`, since every chain here is a tree of its own.
+    Every node that no sampling step leaves becomes the end of a chain of its own; a trained edge is
+    repeated in each chain through it, re-noised states stay with their image. Credit by tree
+    belongs to the shared plan: take it there and carry it over by `origin`, since every chain here
+    is a tree of its own.
     """
-    rows = np.flatnonzero(plan.num_children == 0)
+    goes_on = np.zeros(len(plan), dtype=bool)
+    goes_on[plan.parent[(plan.parent >= 0) & ~plan.matching]] = True
+    rows = np.flatnonzero(~goes_on & ~plan.matching)
     chain = np.arange(len(rows))
-    origins, chains, parents = [], [], []
+    origins, chains = [], []
     while len(rows):
         origins.append(rows)
         chains.append(chain)
         up = plan.parent[rows].astype(np.int64)
         rows, chain = up[up >= 0], chain[up >= 0]
-        parents.append(up)
     origin, owner = np.concatenate(origins), np.concatenate(chains)
+    renoised = [_with_their_image(plan, edge, origin, owner) for edge in plan.matching.nonzero()[0]]
+    origin = np.concatenate([origin, *(o for o, _ in renoised)])
+    owner = np.concatenate([owner, *(c for _, c in renoised)])
     order = np.argsort(plan.depth[origin], kind="stable")
     origin, owner = origin[order], owner[order]
     position = {(int(o), int(c)): i for i, (o, c) in enumerate(zip(origin, owner, strict=True))}
@@ -90,3 +95,9 @@ def unshare(plan: Plan) -> Rewritten:
     )
     result = from_columns(columns)
     return Rewritten(result.plan, origin[result.origin])
+
+
+def _with_their_image(plan: Plan, edge: int, origin: Ints, owner: Ints) -> tuple[Ints, Ints]:
+    """Returns a re-noised state once per chain that has its image, and those chains."""
+    chains = owner[origin == plan.parent[edge]]
+    return np.full(len(chains), edge), chains

@@ -25,6 +25,7 @@ LAYERS = [
         "trainer",
         "trainer_config",
         "plots",
+        "report",
     },
     {"models", "hosts", "cli", "__main__"},
 ]

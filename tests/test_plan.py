@@ -297,8 +297,18 @@ def test_rows_in_any_order_sort_to_the_same_plan(rng):
     assert sorted(map(tuple, again.row)) == sorted(map(tuple, plan.row))
 
 
-def test_drawing_shows_every_leaf_and_folds_runs():
+def test_drawing_folds_runs_and_equal_siblings():
     text = draw(make("branchcore", splits=(0, 3)))
     assert text.startswith("75 nodes, 71 forwards, 6 trained edges of 3 parents, 4 leaves")
-    assert text.count("leaf") == 4
-    assert text.count("~*") == 6
+    assert "`- 2 of ~* " in text
+    assert text.count("leaf") == 1
+    t = Tree()
+    x = t.grow(t.roots(1), 0.5, dance_sde(0.3), children=3, train=[True, False, True])
+    t.leaf(t.grow(x, 0.0, euler))
+    assert draw(t.plan()).splitlines()[1:] == [
+        "o 1",
+        "|- 2 of ~* 0.5",
+        "|  `- - 0 leaf",
+        "`- ~ 0.5",
+        "   `- - 0 leaf",
+    ]
