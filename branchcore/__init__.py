@@ -25,6 +25,7 @@ from branchcore._dispatch import explain, use
 from branchcore.drawing import draw
 from branchcore.forest import Forest
 from branchcore.gradient import Statistics, gradient
+from branchcore.guidance import RewardGuided
 from branchcore.model import Model, VelocityModel
 from branchcore.noise import Noise
 from branchcore.objective import ClippedRatio, MaskedRatio, Objective
@@ -49,6 +50,7 @@ __all__ = [
     "Objective",
     "Plan",
     "Recipe",
+    "RewardGuided",
     "Scores",
     "Statistics",
     "Trainer",

@@ -96,7 +96,8 @@ def gradient(
         weight_M: (M,) float64 edge weights of `prune`; 0 costs nothing.
         objective: ratio, clip and KL.
         update: which of the plan's updates.
-        anchor: v_old of nodes that are not on the tape: "detach" takes the new velocity itself
+        anchor: v_old of nodes that are not on the tape (objectives against the reference policy have
+            none): "detach" takes the new velocity itself
             (ratio exactly 1; right before any update), "rollout" the stored one; "auto" is detach
             for update 0 and rollout later.
         max_batch: parents of a model call at most.
@@ -107,8 +108,10 @@ def gradient(
         Statistics on the device; reading them is the caller's sync.
     """
     plan = forest.plan
-    if anchor == "auto":
-        anchor = "detach" if update == 0 or objective.anchor == "reference" else "rollout"
+    if objective.anchor == "reference":
+        anchor = "detach"
+    elif anchor == "auto":
+        anchor = "detach" if update == 0 else "rollout"
     if anchor == "detach" and update > 0 and objective.anchor == "policy":
         raise ValueError(f"gradient: anchor must be 'rollout' after an update, got update {update}")
     if anchor == "rollout" and forest.velocity is None:
@@ -166,7 +169,7 @@ def log_ratio_floor(
     """Measures the largest |log ratio| that unchanged weights give against stored velocities.
 
     Other batch shapes give other bits; a clip range below this floor clips at random. Evaluates
-    one micro-batch of the edges that later updates train, and syncs.
+    one micro-batch of the second update's edges, or of the only one's, and syncs.
 
     Args:
         forest: with stored velocities.
@@ -175,11 +178,9 @@ def log_ratio_floor(
         max_batch: parents of the micro-batch; None = all.
     """
     plan = forest.plan
-    edges = plan.trained()[plan.update[plan.trained()] > 0]
-    if forest.velocity is None or not len(edges):
-        raise ValueError(
-            "log_ratio_floor: forest must have stored velocities and later updates, got none"
-        )
+    if forest.velocity is None:
+        raise ValueError("log_ratio_floor: forest must have stored velocities, got none")
+    edges = plan.trained(1 if plan.num_updates > 1 else 0)
     batch = pack_parents(plan, edges, max_batch)[0]
     ones = np.ones((len(plan), 2))
     (term,) = _terms(forest, [batch], ones, ones[:, 0], objective)

@@ -13,7 +13,7 @@ import torch
 
 from branchcore.credit import EdgeCredit, Floats
 from branchcore.forest import Forest
-from branchcore.gradient import Statistics, gradient
+from branchcore.gradient import Anchor, Statistics, gradient
 from branchcore.model import Model, VelocityModel
 from branchcore.noise import host_generator
 from branchcore.plan import Ints, Plan
@@ -67,6 +67,7 @@ def collect(
     reward_weights: Mapping[str, float] | None = None,
     tape: int | None = None,
     max_batch: int | None = None,
+    keep_velocity: bool | None = None,
     device: torch.device | str = "cpu",
 ) -> Batch:
     """Grows and scores the trees of some prompts and turns rewards into edge advantages.
@@ -83,6 +84,7 @@ def collect(
         reward_weights: per component; None = 1 each.
         tape: trained nodes that keep their graph; None = all.
         max_batch: rows per model call, and leaves per decode; None = all at once.
+        keep_velocity: as in `rollout`.
         device: where the model lives.
 
     Raises:
@@ -98,6 +100,7 @@ def collect(
         iteration=iteration,
         tape=len(plan) if tape is None else tape,
         max_batch=max_batch,
+        keep_velocity=keep_velocity,
         device=device,
     )
     with torch.no_grad():
@@ -117,6 +120,7 @@ def accumulate(
     recipe: Recipe,
     *,
     update: int = 0,
+    anchor: Anchor = "auto",
     max_batch: int | None = None,
     num_planned: int | None = None,
 ) -> Statistics:
@@ -128,6 +132,7 @@ def accumulate(
         batch.weight,
         recipe.objective,
         update=update,
+        anchor=anchor,
         max_batch=max_batch,
         num_planned=num_planned,
     )

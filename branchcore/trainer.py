@@ -28,6 +28,7 @@ from branchcore.prune import balanced_chunks
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
 from branchcore.run_folder import RunFolder, check_same
+from branchcore.slow_fast import FastPath
 from branchcore.stages import Batch, accumulate, collect, prompt_indices
 from branchcore.trainer_config import TrainerConfig
 
@@ -74,6 +75,11 @@ class Trainer:
         self.parameters = [p for p in model.module.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("Trainer: module must have trainable parameters, got none")
+        if config.fast_steps and recipe.updates > 1:
+            raise ValueError(
+                f"Trainer: fast_steps must be 0 with several updates, got {config.fast_steps} and "
+                f"{recipe.updates} updates"
+            )
         self.device = self.parameters[0].device
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -123,8 +129,11 @@ class Trainer:
         """Runs one iteration and returns its metrics."""
         cpu, wall = time.process_time(), time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
+        before = FastPath(self.parameters, self.optimizer) if self.config.fast_steps else None
         batches, total = self._first_update()
         norms = [self._optimizer_step(0)]
+        if before is not None:
+            norms += self._fast_steps(before, batches)
         for update in range(1, self.recipe.updates):
             total = total.plus(self._update(batches, update))
             norms.append(self._optimizer_step(update))
@@ -169,6 +178,7 @@ class Trainer:
                 reward_weights=config.reward_weights,
                 tape=config.tape,
                 max_batch=config.max_batch,
+                keep_velocity=True if config.fast_steps else None,
                 device=self.device,
             )
             objective = self.recipe.objective
@@ -199,8 +209,22 @@ class Trainer:
         limits = {"max_batch": self.config.max_batch, "num_planned": planned}
         total = Statistics.zero(self.device)
         for batch in batches:
-            total = total.plus(accumulate(batch, self.recipe, update=update, **limits))
+            total = total.plus(
+                accumulate(batch, self.recipe, update=update, anchor="rollout", **limits)
+            )
         return total
+
+    def _fast_steps(self, before: FastPath, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Takes the other fast steps of SFPO, goes back and takes the corrective step."""
+        norms: list[torch.Tensor] = []
+        deviation = 0.0
+        for _ in range(1, self.config.fast_steps):
+            ratio = self._update(batches, 0).ratio
+            deviation = float(ratio.sum_abs_dev / ratio.edges.clamp(min=1))
+            norms.append(self._optimizer_step(0))
+        before.go_back(0.0 if deviation > self.config.fast_limit else self.config.fast_share)
+        self._update(batches, 0)
+        return [*norms, self._optimizer_step(0)]
 
     def _optimizer_step(self, update: int) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)

@@ -35,6 +35,12 @@ class TrainerConfig:
     """Gradient norm is clipped to it."""
     ema_decay: float | None = None
     """Exponential moving average of the weights, used for evaluation; None = none."""
+    fast_steps: int = 0
+    """SFPO: optimizer steps on one batch before going back and one corrective step; 0 = off."""
+    fast_share: float = 0.5
+    """SFPO: how much of the way of the fast steps is kept; see `slow_fast`."""
+    fast_limit: float = float("inf")
+    """SFPO: mean |ratio - 1| at the last fast gradient above which nothing of it is kept."""
     reward_weights: Mapping[str, float] | None = None
     """Weight per reward component; None = 1 each."""
     checkpoint_every: int = 20
@@ -72,6 +78,9 @@ _RANGES: dict[str, tuple[type, float, float]] = {
     "weight_decay": (float, 0.0, 1e3),
     "max_grad_norm": (float, _TINY, float("inf")),
     "ema_decay": (float, 0.0, 1.0 - 1e-9),
+    "fast_steps": (int, 0, _MOST),
+    "fast_share": (float, 0.0, 1.0),
+    "fast_limit": (float, 0.0, float("inf")),
     "checkpoint_every": (int, 1, _MOST),
     "keep_checkpoints": (int, 1, _MOST),
     "evaluate_every": (int, 1, _MOST),

@@ -13,7 +13,7 @@ LAYERS = [
     {"reference", "_check", "_dispatch", "testing", "noise"},
     {"ops"},
     {"schedule", "steps", "plan", "_plan_checks", "passes", "tree", "drawing", "credit", "prune"},
-    {"model", "forest", "rollout", "objective", "matching", "gradient"},
+    {"model", "forest", "rollout", "objective", "matching", "gradient", "guidance"},
     {
         "recipes",
         "rewards",
@@ -26,6 +26,7 @@ LAYERS = [
         "trainer_config",
         "plots",
         "report",
+        "slow_fast",
     },
     {"models", "hosts", "cli", "__main__"},
 ]
