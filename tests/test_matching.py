@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from formulas import RenoisedEdge, published_gradient, shake
 
 from branchcore import ops, schedule
-from branchcore.forest import noise_rows
 from branchcore.gradient import gradient
 from branchcore.matching import (
     AdvantageMatching,
@@ -50,86 +50,15 @@ def setting(**options):
     return plan, advantage, rng.choice([0.5, 1.0, 2.5], size=len(plan))
 
 
-def shake(model):
-    with torch.no_grad():
-        for p in model.module.parameters():
-            p.add_(5e-2 * torch.sin(torch.arange(p.numel(), dtype=p.dtype)).view_as(p))
-
-
-class PerEdge:
-    """Everything of one re-noised state, recomputed alone."""
-
-    def __init__(self, plan, forest, model, v_old, e):
-        leaf = int(plan.parent[e])
-        self.t, self.label, self.prompt = plan.sigma[e], plan.label[e], int(plan.prompt[e])
-        x0 = forest.x[forest.slot[leaf]]
-        eps = ops.philox_normal(noise_rows(forest.noise, int(e), int(e) + 1), 15, torch.float64)[0]
-        x = (1 - self.t) * x0 + self.t * eps
-        at = x.view(1, 3, 5), torch.tensor([self.t]), torch.tensor([self.prompt])
-        self.u, self.x, self.x0 = eps - x0, x, x0
-        self.v = model.velocity(*at).flatten()
-        self.ref = model.reference_velocity(*at).flatten().detach()
-        self.old = self.v.detach() if v_old is None else v_old.velocity(*at).flatten().detach()
-
-
-def awm(edges, advantage, weight, *, weighting, power=0.25, clip=0.4):
-    for e, a, w in zip(edges, advantage, weight, strict=True):
-
-        def log_prob(v, e=e):
-            miss = (v - e.u).square().mean()
-            if weighting == "ghuber":
-                return -((miss + 1e-10) ** power - 1e-10**power) * e.t / power
-            return -{"uniform": 1.0, "t": e.t, "t2": e.t**2}[weighting] * miss
-
-        r = (log_prob(e.v) - log_prob(e.old)).exp()
-        c = r.clamp(1 - clip, 1 + clip)
-        (w * (-a[0] * torch.minimum(r, c) + a[1] * torch.maximum(r, c))).backward()
-
-
-def nft(edges, advantage, weight, *, beta):
-    for e, a, w in zip(edges, advantage, weight, strict=True):
-        good = min(max((a[0] - a[1]) / 10 + 0.5, 0.0), 1.0)
-        total = 0.0
-        for sign, share_of in ((1, good), (-1, 1 - good)):
-            v = e.old + sign * beta * (e.v - e.old)
-            x0 = e.x - e.t * v
-            scale = (x0 - e.x0).abs().mean().detach().clamp(min=1e-5)
-            total = total + share_of * (x0 - e.x0).square().mean() / (scale * beta)
-        (w * 5 * total).backward()
-
-
-def dgpo(edges, advantage, weight, *, beta, size):
-    keys = sorted({(e.prompt, e.label) for e in edges})
-    for key in keys:
-        s, mean_weight, count = 0.0, 0.0, 0
-        for e, a, w in zip(edges, advantage, weight, strict=True):
-            if (e.prompt, e.label) == key and a.any():
-                gain = (e.v - e.u).square().mean() - (e.ref - e.u).square().mean()
-                s, mean_weight, count = s + (a[0] - a[1]) * gain, mean_weight + w, count + 1
-        loss = -torch.nn.functional.logsigmoid(-beta * s)
-        (mean_weight / count * size * loss).backward()
-
-
-def rwr(edges, advantage, weight):
-    for e, a, w in zip(edges, advantage, weight, strict=True):
-        (w * a[0] * (e.v - e.u).square().mean()).backward()
-
-
 CASES = {
-    "awm uniform": (AdvantageMatching(weighting="uniform", clip=(0.4, 0.4)), awm),
-    "awm t": (AdvantageMatching(weighting="t", clip=(0.4, 0.4)), awm),
-    "awm t2": (AdvantageMatching(weighting="t2", clip=(0.01, 0.01)), awm),
-    "awm ghuber": (AdvantageMatching(clip=(0.4, 0.4)), awm),
-    "nft": (ContrastiveMatching(), nft),
-    "nft beta .1": (ContrastiveMatching(beta=0.1), nft),
-    "dgpo": (Preference(beta=2.0), dgpo),
-    "rwr": (RewardWeighted(), rwr),
-}
-OPTIONS = {
-    awm: lambda o: {"weighting": o.weighting, "power": o.power, "clip": o.clip[0]},
-    nft: lambda o: {"beta": o.beta},
-    dgpo: lambda o: {"beta": o.beta, "size": 4},
-    rwr: lambda o: {},
+    "awm uniform": AdvantageMatching(weighting="uniform", clip=(0.4, 0.4)),
+    "awm t": AdvantageMatching(weighting="t", clip=(0.4, 0.4)),
+    "awm t2": AdvantageMatching(weighting="t2", clip=(0.01, 0.01)),
+    "awm ghuber": AdvantageMatching(clip=(0.4, 0.4)),
+    "nft": ContrastiveMatching(),
+    "nft beta .1": ContrastiveMatching(beta=0.1),
+    "dgpo": Preference(beta=2.0),
+    "rwr": RewardWeighted(),
 }
 
 
@@ -137,8 +66,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_is_the_published_one(name, kl, toy):
     """On policy and after an update; any packing; with and without the velocity KL."""
-    objective, formula = CASES[name]
-    objective = dataclasses.replace(objective, kl=kl)
+    objective = dataclasses.replace(CASES[name], kl=kl)
     plan, advantage, weight = setting()
     edges = plan.trained()
     for changed in (False, True):
@@ -146,13 +74,9 @@ def test_gradient_is_the_published_one(name, kl, toy):
         forest = rollout(plan, old, UIDS, seed=5, keep_velocity=True, **F64)
         if changed:
             shake(model)
-        alone = [PerEdge(plan, forest, model, old if changed else None, e) for e in edges]
-        scaled = weight[edges] / len(edges)
-        formula(alone, advantage[edges], scaled, **OPTIONS[formula](objective))
-        alone = [PerEdge(plan, forest, model, old if changed else None, e) for e in edges]
-        for e, w in zip(alone, scaled, strict=True):
-            if kl:
-                (w * kl * (e.v - e.ref).square().mean()).backward()
+        published_gradient(
+            forest, model, objective, advantage, weight, old=old if changed else None
+        )
         exact = model.gradient()
         for max_batch in (4, 7, None):
             model.zero_grad()
@@ -172,7 +96,7 @@ def test_invariant_18_nft_on_policy_is_awm_with_t2_over_w_whatever_beta(beta, to
     model, edges = toy(), plan.trained()
     forest = rollout(plan, model, UIDS, seed=5, **F64)
     for e in edges:
-        one = PerEdge(plan, forest, model, None, e)
+        one = RenoisedEdge(plan, forest, model, None, e)
         w = one.t * (one.v - one.u).abs().mean().detach()
         a = advantage[e, 0] - advantage[e, 1]
         loss = a * one.t**2 * (one.v - one.u).square().mean() / w
@@ -254,7 +178,7 @@ def test_dgpo_at_the_reference_is_log_2_and_a_pair_is_flow_dpo(toy):
     shake(model)
     model.zero_grad()
     stats = gradient(forest, model, pair, ones, Preference(beta=50.0))
-    edges = [PerEdge(plan, forest, model, None, e) for e in plan.trained()]
+    edges = [RenoisedEdge(plan, forest, model, None, e) for e in plan.trained()]
     total = 0.0
     for prompt in (0, 1):
         for label in range(len(TIMES)):
