@@ -1,9 +1,10 @@
-"""Exponential moving average of a module's weights, and its loan to the module for evaluation."""
+"""Exponential moving average of a module's weights, and its loan to the module."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,21 @@ class Ema:
 
     Args:
         module: the trained module.
-        decay: weight of the old average, in [0, 1).
+        decay: weight of the old average, in [0, 1]; may be set anew before an update.
+        starts_as_copy: the average starts as the module is now (a policy that lags behind); False:
+            as it is at the first update.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module = module
-        self.average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    def __init__(self, module: nn.Module, decay: float, *, starts_as_copy: bool = False) -> None:
+        self.module, self.decay = module, decay
+        self.average = AveragedModel(module, multi_avg_fn=self._mix)
+        self.average.n_averaged.fill_(int(starts_as_copy))
+
+    def _mix(self, averages: Any, weights: Any, count: Any) -> None:
+        get_ema_multi_avg_fn(self.decay)(averages, weights, count)
 
     def update(self) -> None:
-        """Takes the module's weights in; the first call copies them."""
+        """Takes the module's weights in."""
         self.average.update_parameters(self.module)
 
     def tensors(self) -> dict[str, Tensor]:

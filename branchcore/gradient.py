@@ -96,10 +96,9 @@ def gradient(
         weight_M: (M,) float64 edge weights of `prune`; 0 costs nothing.
         objective: ratio, clip and KL.
         update: which of the plan's updates.
-        anchor: v_old of nodes that are not on the tape (objectives against the reference policy have
-            none): "detach" takes the new velocity itself
+        anchor: v_old of nodes that are not on the tape: "detach" takes the new velocity itself
             (ratio exactly 1; right before any update), "rollout" the stored one; "auto" is detach
-            for update 0 and rollout later.
+            for update 0 and rollout later. Objectives against the reference policy ignore it.
         max_batch: parents of a model call at most.
         num_planned: the normaliser; None = planned trained edges of this update in this plan.
             Over several rounds or ranks: their sum.

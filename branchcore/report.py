@@ -6,7 +6,6 @@ a taped parent's training forward is the rollout's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from branchcore import recipes
 from branchcore.drawing import draw
 from branchcore.passes import unshare
 from branchcore.plan import Counts, Plan
-from branchcore.recipes.recipe import Recipe
+from branchcore.recipes.recipe import Recipe, Sigmas
 
 BACKWARD = 2.0
 
@@ -54,7 +53,7 @@ def _line(name: str, counts: Counts, work: float, unit: float) -> str:
 
 
 def plan_report(
-    recipe: Recipe, sigmas: Sequence[float], *, seed: int = 0, iteration: int = 0, uid: int = 0
+    recipe: Recipe, sigmas: Sigmas, *, seed: int = 0, iteration: int = 0, uid: int = 0
 ) -> str:
     """Returns tree and counts of one prompt's plan, beside Flow-GRPO and DanceGRPO.
 

@@ -5,6 +5,7 @@ A foreign trainer calls these alone; `trainer.Trainer` is the shortest complete 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ import torch
 
 from branchcore.credit import EdgeCredit, Floats
 from branchcore.forest import Forest
-from branchcore.gradient import Anchor, Statistics, gradient
+from branchcore.gradient import Anchor, Statistics, gradient, log_ratio_floor
 from branchcore.model import Model, VelocityModel
 from branchcore.noise import host_generator
+from branchcore.objective import ClippedRatio
 from branchcore.plan import Ints, Plan
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward, Scores, component_weights, score
@@ -136,3 +138,28 @@ def accumulate(
         max_batch=max_batch,
         num_planned=num_planned,
     )
+
+
+def noise_floor(batch: Batch, recipe: Recipe, *, max_batch: int | None = None) -> float | None:
+    """Measures |log ratio| of unchanged weights; warns if the clip range is below it.
+
+    Args:
+        batch: collected with the weights as they are now.
+        recipe: its objective has the clip range.
+        max_batch: parents of a model call; another batch shape than the rollout's gives other bits.
+
+    Returns:
+        None where no ratio of stored velocities is ever taken.
+    """
+    objective = recipe.objective
+    if batch.forest.velocity is None or not isinstance(objective, ClippedRatio):
+        return None
+    floor = log_ratio_floor(batch.forest, batch.model, objective, max_batch=max_batch)
+    if floor > min(objective.clip):
+        warnings.warn(
+            f"noise_floor: the clip range must exceed the noise floor of the log ratio, got clip "
+            f"{min(objective.clip):g} below {floor:.1e} (unchanged weights at another batch "
+            "shape); try a larger clip or updates=1",
+            stacklevel=2,
+        )
+    return floor

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,16 +19,16 @@ from tqdm import tqdm
 
 from branchcore import checkpoint
 from branchcore.ema import Ema
-from branchcore.gradient import Statistics, log_ratio_floor
+from branchcore.gradient import Statistics
 from branchcore.metrics import bar_text, iteration_metrics
 from branchcore.model import Model
-from branchcore.objective import ClippedRatio
+from branchcore.plan import Plan
 from branchcore.prune import balanced_chunks
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
 from branchcore.run_folder import RunFolder, check_same
 from branchcore.slow_fast import FastPath
-from branchcore.stages import Batch, accumulate, collect, prompt_indices
+from branchcore.stages import Batch, accumulate, collect, noise_floor, prompt_indices
 from branchcore.trainer_config import TrainerConfig
 
 Metrics = dict[str, Any]
@@ -89,6 +88,8 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self.ema = None if config.ema_decay is None else Ema(model.module, config.ema_decay)
+        lags = recipe.sampler_decay is not None
+        self.sampler = Ema(model.module, 0.0, starts_as_copy=True) if lags else None
         self.iteration, self.cpu_s = 0, 0.0
         self.noise_floor: float | None = None
         settings = dataclasses.asdict(config)
@@ -139,6 +140,9 @@ class Trainer:
             norms.append(self._optimizer_step(update))
         if self.ema is not None:
             self.ema.update()
+        if self.sampler is not None and self.recipe.sampler_decay is not None:
+            self.sampler.decay = self.recipe.sampler_decay(self.iteration)
+            self.sampler.update()
         self.iteration += 1
         self.cpu_s += time.process_time() - cpu
         return {
@@ -166,42 +170,40 @@ class Trainer:
         batches: list[Batch] = []
         total = Statistics.zero(self.device)
         for plan, (lo, hi) in zip(plans, rounds, strict=True):
-            batch = collect(
-                plan,
-                self.model,
-                self.recipe,
-                [self.prompts[i] for i in chosen[lo:hi]],
-                uids[lo:hi].tolist(),
-                self.reward,
-                seed=seed,
-                iteration=iteration,
-                reward_weights=config.reward_weights,
-                tape=config.tape,
-                max_batch=config.max_batch,
-                keep_velocity=True if config.fast_steps else None,
-                device=self.device,
-            )
-            objective = self.recipe.objective
-            stored = batch.forest.velocity is not None
-            if isinstance(objective, ClippedRatio) and stored and self.noise_floor is None:
-                self._measure_noise_floor(batch, objective)
+            prompts = [self.prompts[i] for i in chosen[lo:hi]]
+            batch = self._collect(plan, prompts, uids[lo:hi].tolist())
+            if self.noise_floor is None and self.sampler is None:
+                self.noise_floor = noise_floor(batch, self.recipe, max_batch=config.max_batch)
             batches.append(batch)
             total = total.plus(
-                accumulate(batch, self.recipe, max_batch=config.max_batch, num_planned=planned)
+                accumulate(
+                    batch,
+                    self.recipe,
+                    anchor="auto" if self.sampler is None else "rollout",
+                    max_batch=config.max_batch,
+                    num_planned=planned,
+                )
             )
         return batches, total
 
-    def _measure_noise_floor(self, batch: Batch, objective: ClippedRatio) -> None:
-        """Measures |log ratio| of unchanged weights once per run; warns if the clip is below it."""
-        self.noise_floor = log_ratio_floor(
-            batch.forest, batch.model, objective, max_batch=self.config.max_batch
-        )
-        if self.noise_floor > min(objective.clip):
-            warnings.warn(
-                f"Trainer: the clip range must exceed the noise floor of the log ratio, got clip "
-                f"{min(objective.clip):g} below {self.noise_floor:.1e} (unchanged weights at "
-                "another batch shape); try a larger clip or updates=1",
-                stacklevel=2,
+    def _collect(self, plan: Plan, prompts: list[str], uids: list[int]) -> Batch:
+        """Grows and scores a round with the policy that samples."""
+        config, lags = self.config, self.sampler is not None
+        with self.sampler.applied() if self.sampler is not None else nullcontext():
+            return collect(
+                plan,
+                self.model,
+                self.recipe,
+                prompts,
+                uids,
+                self.reward,
+                seed=config.seed,
+                iteration=self.iteration,
+                reward_weights=config.reward_weights,
+                tape=0 if lags else config.tape,
+                max_batch=config.max_batch,
+                keep_velocity=True if lags or config.fast_steps else None,
+                device=self.device,
             )
 
     def _update(self, batches: Sequence[Batch], update: int) -> Statistics:
@@ -237,6 +239,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def _averages(self) -> dict[str, Ema]:
+        both = {"ema": self.ema, "sampler": self.sampler}
+        return {name: average for name, average in both.items() if average is not None}
+
     def averaged(self) -> AbstractContextManager[None]:
         """Returns a block in which the module has its EMA weights, if the run keeps any."""
         return nullcontext() if self.ema is None else self.ema.applied()
@@ -247,8 +253,8 @@ class Trainer:
             "model": dict(self.model.module.state_dict()),
             "optimizer": checkpoint.optimizer_tensors(self.optimizer),
         }
-        if self.ema is not None:
-            tensors["ema"] = self.ema.tensors()
+        for name, average in self._averages().items():
+            tensors[name] = average.tensors()
         state = {
             **self.folder.identity,
             "cpu_s": self.cpu_s,
@@ -274,9 +280,9 @@ class Trainer:
         module = self.model.module
         weights = checkpoint.load_tensors(newest, "model", like=module.state_dict())
         moments = checkpoint.load_moments(newest, self.parameters)
-        if self.ema is not None:
-            ema = checkpoint.load_tensors(newest, "ema", like=module.state_dict())
-            self.ema.load(ema, updates=int(state["iteration"]))
+        for name, average in self._averages().items():
+            tensors = checkpoint.load_tensors(newest, name, like=module.state_dict())
+            average.load(tensors, updates=int(state["iteration"]))
         module.load_state_dict(weights)
         checkpoint.load_optimizer(self.optimizer, moments)
         self.iteration, self.cpu_s = int(state["iteration"]), float(state["cpu_s"])

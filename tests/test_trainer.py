@@ -51,6 +51,12 @@ def run(toy, out, config=CONFIG, recipe=None, resume=False, stop_after=None, the
     return trainer
 
 
+def lagging():
+    """A recipe whose sampling policy follows the trained one slowly, as DiffusionNFT's."""
+    recipe = recipes.dance_grpo(SG, group=4, clip=0.5, eta=0.7)
+    return dataclasses.replace(recipe, sampler_decay=lambda iteration: 0.9)
+
+
 def rows(out):
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in TIMES} for row in lines]
@@ -60,10 +66,17 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.module.parameters()])
 
 
-@pytest.mark.parametrize("updates", [1, 2])
+RESUMED = {
+    "tree": mix,
+    "two updates": lambda: recipes.dance_grpo(SG, group=4, clip=0.1, updates=2),
+    "lagging sampler": lagging,
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
-def test_resume_continues_bit_for_bit(toy, tmp_path, stop_after, updates):
-    recipe = mix() if updates == 1 else recipes.dance_grpo(SG, group=4, clip=0.1, updates=updates)
+def test_resume_continues_bit_for_bit(toy, tmp_path, stop_after, kind):
+    recipe = RESUMED[kind]()
     whole = run(toy, tmp_path / "whole", recipe=recipe)
     run(toy, tmp_path / "cut", recipe=recipe, stop_after=stop_after)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
@@ -401,3 +414,19 @@ def test_frozen_modules_are_refused(toy, tmp_path):
     with pytest.raises(ValueError, match="module must have trainable parameters, got none"):
         Trainer(model, PROMPTS, reward, mix(), CONFIG, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_policy_that_samples_follows_at_its_own_pace(toy, tmp_path):
+    """decay 1 never moves it, decay 0 is the trained policy one iteration later, on policy."""
+    config = dataclasses.replace(CONFIG, iterations=2, ema_decay=None)
+    devs, samplers = {}, {}
+    for decay in (0.0, 0.5, 1.0):
+        recipe = dataclasses.replace(lagging(), sampler_decay=lambda i, decay=decay: decay)
+        trainer = run(toy, tmp_path / str(decay), config, recipe)
+        devs[decay] = [row["ratio_dev_max"] for row in rows(tmp_path / str(decay))[1:]]
+        samplers[decay] = torch.cat([p.flatten() for p in trainer.sampler.tensors().values()])
+    trained, start = weights(trainer), weights(type("T", (), {"model": toy(torch.float32)}))
+    assert devs[0.0][1] < 1e-5 < devs[0.5][1] < devs[1.0][1]
+    assert torch.equal(samplers[1.0], start)
+    assert not torch.equal(samplers[0.5], start)
+    assert not torch.equal(trained, start)

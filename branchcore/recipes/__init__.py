@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from branchcore.recipes.recipe import Preset, Recipe
+from branchcore.recipes.recipe import Preset, Recipe, Sigmas
 from branchcore.recipes.scale import leaf_options
 
 Builder = Callable[..., Recipe]
@@ -50,7 +50,7 @@ def options_of(name: str) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def build(name: str, sigmas: Sequence[float], **options: Any) -> Recipe:
+def build(name: str, sigmas: Sigmas, **options: Any) -> Recipe:
     """Builds a recipe by name.
 
     Raises:

@@ -43,6 +43,7 @@ class Moment:
         return host_generator(self.seed, self.iteration, 0, SHARED)
 
 
+Sigmas = Sequence[float] | NDArray[np.float64]
 Grow = Callable[[Tree, Moment], None]
 Credit = Callable[[Plan, Floats, Floats, Floats], EdgeCredit]
 Prune = Callable[[Plan, Floats, int], Floats]
@@ -65,6 +66,9 @@ class Recipe:
     one tree be grown once and used for all prompts and iterations."""
     updates: int = 1
     """Optimizer updates per iteration."""
+    sampler_decay: Callable[[int], float] | None = None
+    """(iteration from 0) -> how much the policy that samples keeps of itself, in [0, 1], when it
+    follows the trained one (DiffusionNFT's old adapter); None: the trained policy samples."""
     noisy_leaves: bool = False
     """Leaves may be at sigma > 0, as MixGRPO-Flash's last windows leave them."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -95,7 +99,7 @@ class Recipe:
 class Preset:
     """A published configuration of a recipe."""
 
-    sigmas: Sequence[float]
+    sigmas: Sigmas
     """(T + 1,) its schedule."""
     options: Mapping[str, Any]
     """Options of the recipe that differ from its defaults."""
@@ -132,7 +136,7 @@ def check_updates(name: str, updates: int, most: int | None = None) -> None:
         raise ValueError(f"{name}: updates must be {wanted}, got {updates}")
 
 
-def check_sigmas(name: str, sigmas: Sequence[float] | NDArray[np.float64]) -> list[float]:
+def check_sigmas(name: str, sigmas: Sigmas) -> list[float]:
     """Returns the schedule as floats; it must fall from 1 to 0 in at least two steps."""
     levels = [float(s) for s in sigmas]
     falls = all(a > b for a, b in itertools.pairwise(levels))
