@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,3 +91,45 @@ def test_explain_lists_every_op(capsys):
     text = capsys.readouterr().out
     for op in ("philox_normal", "branch_step", "edge_dots", "ratio_loss", "sde_log_prob"):
         assert op in text
+
+
+def test_plan_prints_tree_counts_and_what_the_tape_covers(capsys):
+    """TempFlow at 24 leaves a step, T = 10: the counts of its published table."""
+    main(["plan", "tempflow_grpo", "--leaves", "24", "--shift", "3"])
+    text = capsys.readouterr().out
+    assert text.splitlines()[0].startswith("tempflow_grpo, T = 10, {'trunks': 4, 'children': 6}")
+    numbers = [line.split()[-6:] for line in text.splitlines() if line.startswith("tempflow_grpo ")]
+    assert numbers == [["1116", "216", "36", "216", "1188", "1.00"]]
+    chains = [x.split()[-6:] for x in text.splitlines() if x.startswith("  as independent")]
+    assert chains[0][:4] == ["2160", "216", "216", "216"]
+    assert "The tape covers 36 of 36 trained parents in 1 update(s)." in text
+    assert "6 of ~*" in text
+
+
+def test_plan_of_a_preset_and_its_later_updates(capsys):
+    main(["plan", "dance_grpo", "--preset", "flux"])
+    text = capsys.readouterr().out
+    assert "dance_grpo, T = 16" in text
+    covered, parents = map(int, re.findall(r"tape covers (\d+) of (\d+)", text)[0])
+    assert covered < parents
+    assert f"{parents - covered} need a training forward of their own" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan", "grpo"], "recipes: name must be from .*got 'grpo'"),
+        (["plan", "dance_grpo", "--preset", "sdxl"], "preset must be from .*got 'sdxl'"),
+        (
+            ["plan", "dance_grpo", "--preset", "flux", "--steps", "8"],
+            r"--preset must come with its own schedule, got \['--steps'\] too",
+        ),
+        (["plan", "dance_grpo", "--leaves", "1"], "leaves must be at least 2, got 1"),
+        (["plan", "dance_grpo", "--set", "lr=3"], r"--set must name options from .*got \['lr'\]"),
+        (["plan", "branch_grpo", "--steps", "1"], "sigmas must decrease from 1 to 0 in at least 2"),
+    ],
+)
+def test_plan_names_what_is_wrong(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert re.search(message, str(stop.value)), stop.value

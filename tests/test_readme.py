@@ -8,6 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from formulas import published_gradient, shake
+
+from branchcore import recipes, schedule
+from branchcore.cli import main
+from branchcore.gradient import gradient
+from branchcore.rollout import rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -15,7 +21,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_code_block_is_a_whole_iteration(toy):
     model = toy(torch.float32)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     before = [p.detach().clone() for p in model.module.parameters()]
     names = {
         "model": model,
@@ -31,6 +37,45 @@ def test_the_code_block_is_a_whole_iteration(toy):
     after = list(model.module.parameters())
     assert all((a != b).any() for a, b in zip(after, before, strict=True))
     assert len(names["texts"]) == 32
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """README's example as a new file of the recipes folder, and nothing else changed."""
+    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "random_forks.py").write_text(code)
+    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
+    builders, presets = recipes._discover()
+    monkeypatch.setattr(recipes, "RECIPES", builders)
+    monkeypatch.setattr(recipes, "PRESETS", presets)
+    yield code
+    sys.modules.pop("branchcore.recipes.random_forks", None)
+
+
+def test_a_new_method_is_one_file_of_about_thirty_lines(added, toy, capsys):
+    assert len(added.splitlines()) <= 34
+    recipe = recipes.build("random_forks", schedule.shifted_linear(8, 3), branching=(2, 3))
+    plan = recipe.plan([4, 9], seed=5, iteration=3)
+    assert plan.counts().decodes == 12
+    assert (plan.select([0]).depth[plan.select([0]).train] != 0).all()
+    old, model = toy(), toy()
+    forest = rollout(plan, old, [4, 9], seed=5, keep_velocity=True, dtype=torch.float64)
+    shake(model)
+    rewards = np.random.default_rng(0).normal(size=(12, 1))
+    credit = recipe.credit(plan, rewards, np.ones(1), np.zeros(len(plan)))
+    ones = np.ones(len(plan))
+    published_gradient(forest, model, recipe.objective, credit.advantage, ones, old=old)
+    exact = model.gradient()
+    model.zero_grad()
+    gradient(forest, model, credit.advantage, ones, recipe.objective, anchor="rollout")
+    assert float((model.gradient() - exact).norm() / exact.norm()) <= 1e-12
+    main(["plan", "random_forks", "--leaves", "8"])
+    assert "random_forks" in capsys.readouterr().out
+
+
+def test_every_recipe_is_in_the_table():
+    table = README.split("## Recipes")[1].split("## Words")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == set(recipes.RECIPES)
 
 
 def test_named_files_exist():
