@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from branchcore.plan import Ints, Plan
 
 Floats = NDArray[np.float64]
+# Means over equal leaves differ by their rounding, which eps is too small to hide.
+_ROUNDING = 1e-12
 
 
 class EdgeCredit(NamedTuple):
@@ -34,6 +36,7 @@ def standardize(
     floor: float = 0.0,
     spread: Floats | None = None,
     among: NDArray[np.bool_] | None = None,
+    trimmed: float = 0.0,
 ) -> Floats:
     """Returns z-scores per group and reward: (value - mean) / (std + eps).
 
@@ -43,39 +46,94 @@ def standardize(
         ddof: 1 for the unbiased std (DanceGRPO, BranchGRPO), 0 for Flow-GRPO.
         eps: added to the std; 1e-8 DanceGRPO, 1e-4 Flow-GRPO.
         floor: groups whose std is below it get 0; BranchGRPO 1e-6.
-        spread: (R,) a std for all groups instead of their own (Flow-GRPO's `global_std`).
+        spread: (R,) a std for all groups instead of their own (Flow-GRPO's `global_std`); where it
+            is 0 the reward gets 0.
         among: (n,) rows that count; the others take no part and get 0. None = all.
+        trimmed: lowest fraction of each group, per reward, that mean and std leave out; its rows
+            are still scored. In [0, 1); MixGRPO's `trimmed_ratio`.
 
     Returns:
-        (n, R) float64; 0 for a group of one and for equal values.
+        (n, R) float64; 0 for a group of one and for values that are equal up to rounding.
 
-    Source: BranchGRPO eq. 4 and `compute_depthwise_advantages`; DanceGRPO, Flow-GRPO.
+    Raises:
+        ValueError: wrong shapes, a negative or infinite spread, or trimmed outside [0, 1).
+
+    Source: BranchGRPO eq. 4 and `compute_depthwise_advantages`; DanceGRPO, Flow-GRPO, MixGRPO.
     """
     if values_nR.ndim != 2 or np.shape(group_n) != (len(values_nR),):
         raise ValueError(
             f"standardize: values_nR must be (n, R) and group_n (n,), got {values_nR.shape} and "
             f"{np.shape(group_n)}"
         )
+    if not 0.0 <= trimmed < 1.0:
+        raise ValueError(f"standardize: trimmed must be in [0, 1), got {trimmed}")
     out = np.zeros_like(values_nR, dtype=np.float64)
     rows = np.arange(len(values_nR)) if among is None else np.flatnonzero(among)
     if not len(rows):
         return out
     group = np.unique(group_n[rows], return_inverse=True)[1].reshape(-1)
     values = np.asarray(values_nR, dtype=np.float64)[rows]
-    size = np.bincount(group).astype(np.float64)[:, None]
-    total = np.zeros((len(size), values.shape[1]))
-    np.add.at(total, group, values)
-    centred = values - (total / size)[group]
-    square = np.zeros_like(total)
-    np.add.at(square, group, centred**2)
-    std = np.sqrt(square / np.maximum(size - ddof, 1.0))
-    low, high = np.full_like(total, np.inf), np.full_like(total, -np.inf)
-    np.minimum.at(low, group, values)
-    np.maximum.at(high, group, values)
-    live = (size > 1) & (high > low) & (std >= floor)
-    divisor = std if spread is None else np.broadcast_to(spread, std.shape)
-    out[rows] = np.where(live[group], centred / (divisor + eps)[group], 0.0)
+    mean, std, live = _statistics(values, group, _counted(values, group, trimmed), ddof)
+    divisor = std if spread is None else _checked_spread(spread, std)
+    live &= (std >= floor) & (divisor > 0.0)
+    divisor = np.where(live, divisor + eps, 1.0)
+    out[rows] = np.where(live[group], (values - mean[group]) / divisor[group], 0.0)
     return out
+
+
+def _statistics(
+    values: Floats, group: Ints, counted: NDArray[np.bool_], ddof: int
+) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """Returns (groups, R) mean, std, and whether the counted values differ by more than rounding.
+
+    The rule for groups that get 0 lives here alone; a group of one has no difference.
+    """
+    shape = (int(group.max()) + 1, values.shape[1])
+    size, total, square = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    np.add.at(size, group, counted.astype(np.float64))
+    np.add.at(total, group, np.where(counted, values, 0.0))
+    mean = total / size
+    np.add.at(square, group, np.where(counted, values - mean[group], 0.0) ** 2)
+    low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
+    np.minimum.at(low, group, np.where(counted, values, np.inf))
+    np.maximum.at(high, group, values)
+    live = high - low > _ROUNDING * np.maximum(np.abs(low), np.abs(high))
+    return mean, np.sqrt(square / np.maximum(size - ddof, 1.0)), live
+
+
+def _counted(values: Floats, group: Ints, trimmed: float) -> NDArray[np.bool_]:
+    """(n, R) rows that mean and std are taken over: all but a group's lowest fraction."""
+    counted = np.ones(values.shape, dtype=bool)
+    if not trimmed:
+        return counted
+    size = np.bincount(group)
+    start = np.cumsum(size) - size
+    for r, column in enumerate(values.T):
+        order = np.lexsort((column, group))
+        rank = np.arange(len(group)) - start[group[order]]
+        counted[order, r] = rank >= np.floor(size * trimmed)[group[order]]
+    return counted
+
+
+def _checked_spread(spread: Floats, like: Floats) -> Floats:
+    spread = np.asarray(spread, dtype=np.float64)
+    if not (np.isfinite(spread) & (spread >= 0.0)).all():
+        raise ValueError(f"standardize: spread must be finite and >= 0, got {spread}")
+    return np.broadcast_to(spread, like.shape)
+
+
+def relative(values_nR: Floats, group_n: Ints) -> Floats:
+    """Returns values minus the first of their group: what is constant becomes exactly 0.
+
+    Advantages do not change, but sums over rewards and means over leaves no longer turn a constant
+    reward into rounding errors.
+
+    Args:
+        values_nR: (n, R) rewards.
+        group_n: (n,) group numbers.
+    """
+    first, group = np.unique(group_n, return_index=True, return_inverse=True)[1:]
+    return values_nR - values_nR[first][group.reshape(-1)]
 
 
 def lift(plan: Plan, leaf_values_LR: Floats, weight_M: Floats | None = None) -> Floats:
@@ -138,7 +196,9 @@ def mean_weight(
         total = mass.copy()
         np.logaddexp.at(total, up, logit)
         mass[up] = total[up]
-        weight[lo:hi] = np.where(dead[lo:hi], 0.0, np.exp(logit - total[up]))
+        # a parent with nothing but re-noised states below has no mass to share
+        share = np.where(dead[lo:hi], -np.inf, logit - np.where(dead[up], 0.0, total[up]))
+        weight[lo:hi] = np.exp(share)
     return weight
 
 

@@ -92,4 +92,4 @@ def flux_dynamic(
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     factor = math.exp(base_shift + slope * (image_tokens - base_tokens))
     t = np.linspace(1.0, 1.0 / steps, steps)
-    return np.append(factor / (factor + 1.0 / t - 1.0), 0.0)
+    return np.append(factor / (factor + (1.0 / t - 1.0)), 0.0)

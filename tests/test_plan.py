@@ -33,7 +33,8 @@ def make(name, uids=(0,), **options):
         ("dance_grpo", {}, 192, (181, 108, None, 12), 193, 16, 12),
         ("branch_grpo", {}, 320, (203, 202, 187, 16), 219, 20, 16),
         ("branch_mix", {}, 320, (203, 34, 19, 16), 219, 20, 16),
-        ("branchcore", {}, 320, (203, 30, 15, 16), 219, 20, 16),
+        ("branchcore", {}, 224, (107, 30, 15, 16), 123, 14, 16),
+        ("branchcore", {"tail": 1.0, "order": 1}, 320, (203, 30, 15, 16), 219, 20, 16),
     ],
 )
 def test_counts(name, options, chains, counts, nodes, waves, widest):
@@ -298,7 +299,7 @@ def test_rows_in_any_order_sort_to_the_same_plan(rng):
 
 
 def test_drawing_folds_runs_and_equal_siblings():
-    text = draw(make("branchcore", splits=(0, 3)))
+    text = draw(make("branchcore", splits=(0, 3), tail=1.0, order=1))
     assert text.startswith("75 nodes, 71 forwards, 6 trained edges of 3 parents, 4 leaves")
     assert "`- 2 of ~* " in text
     assert text.count("leaf") == 1

@@ -259,7 +259,7 @@ SHAPE = r"velocity: result must be \(2, 3, 5\), got \(2, 2, 5\)"
 )
 def test_broken_models_are_named(result, error, message):
     with pytest.raises(error, match=message):
-        rollout(plan_of("branchcore"), Broken(result), [4, 9], seed=0)
+        rollout(plan_of("branch_grpo"), Broken(result), [4, 9], seed=0)
 
 
 def test_wrong_uids_and_frozen_tape(toy):

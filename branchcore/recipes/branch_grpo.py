@@ -7,7 +7,7 @@ A_d(n) = (r_bar(n) - mean_d) / (std_d + 1e-8) over one tree's nodes of depth d.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,12 +19,14 @@ from branchcore.recipes.branching import check_splits, grow_branching, scaled_sp
 from branchcore.recipes.credits import depth_credit
 from branchcore.recipes.recipe import (
     Moment,
+    Preset,
     Prune,
     Recipe,
     check_sigmas,
     check_updates,
     keeps_options,
 )
+from branchcore.schedule import shifted_linear
 from branchcore.steps import dance_sde
 from branchcore.tree import Tree
 
@@ -100,8 +102,10 @@ def branch_grpo(
     check_updates("branch_grpo", updates)
 
     def grow(t: Tree, at: Moment) -> None:
-        noise = {"correlate": correlate, "amplify": amplify}
-        grow_branching(t, sg, children, range(steps), sde, **noise, updates=updates, rng=at.rng)
+        every = dict.fromkeys(range(steps), sde)
+        t.leaf(grow_branching(t, sg, children, every, correlate=correlate, amplify=amplify))
+        if updates > 1:
+            t.deal_updates(updates, at.rng)
 
     return Recipe(
         name="branch_grpo",
@@ -148,3 +152,38 @@ def _pruner(name: str, share: float, pool: str, window: _Window) -> Prune:
     if name not in pruners:
         raise ValueError(f"branch_grpo: pruning must be from {tuple(pruners)}, got {name!r}")
     return pruners[name]
+
+
+_ADAM: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
+_PAPER: dict[str, Any] = {**_ADAM, "ema_decay": 0.995, "prompts_per_iteration": 32}
+_SETTING = "arXiv 2509.06040: FLUX.1-dev, 720 px, guidance 3.5, full fine-tuning, HPSv2.1, 16 GPUs"
+
+PRESETS: dict[str, Preset] = {
+    "flux": Preset(
+        sigmas=shifted_linear(20, 3.0).tolist(),
+        options={"beta": 1.0},
+        trainer=_PAPER,
+        source=_SETTING,
+    ),
+    "flux-width": Preset(
+        sigmas=shifted_linear(20, 3.0).tolist(),
+        options={"beta": 1.0, "pruning": "parent_top1"},
+        trainer=_PAPER,
+        source=f"{_SETTING}; BranchGRPO-WidPru",
+    ),
+    "flux-depth": Preset(
+        sigmas=shifted_linear(20, 3.0).tolist(),
+        options={"beta": 1.0, "pruning": "depth", "slide_interval": 30},
+        trainer=_PAPER,
+        source=f"{_SETTING}; BranchGRPO-DepPru, the 5 depths that its table's 8.625 passes imply",
+    ),
+    "flux-released": Preset(
+        sigmas=shifted_linear(20, 3.0).tolist(),
+        options={"correlate": None, "amplify": 4.0, "updates": 37},
+        trainer={**_ADAM, "max_grad_norm": 1.0, "prompts_per_iteration": 16},
+        source=(
+            "Fredreic1849/BranchGRPO finetune_flux_branchgrpo_8gpus.sh: 720 px, guidance 3.5, full "
+            "fine-tuning; 12 of 436 edges per update, of which 32 reach no reward and are left out"
+        ),
+    ),
+}

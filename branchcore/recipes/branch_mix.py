@@ -6,11 +6,20 @@ Only stochastic steps are trained. As released, step i is in the window iff i mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from branchcore.objective import ClippedRatio
 from branchcore.recipes.branching import check_splits, grow_branching, scaled_splits
 from branchcore.recipes.credits import depth_credit
-from branchcore.recipes.recipe import Moment, Recipe, check_sigmas, check_updates, keeps_options
+from branchcore.recipes.recipe import (
+    Moment,
+    Preset,
+    Recipe,
+    check_sigmas,
+    check_updates,
+    keeps_options,
+)
+from branchcore.schedule import shifted_linear
 from branchcore.steps import dance_sde
 from branchcore.tree import Tree
 
@@ -62,8 +71,10 @@ def branch_mix(
     sde = dance_sde(eta)
 
     def grow(t: Tree, at: Moment) -> None:
-        noise = {"correlate": correlate, "amplify": amplify}
-        grow_branching(t, sg, children, sde_steps, sde, **noise, updates=updates, rng=at.rng)
+        window_steps = dict.fromkeys(sde_steps, sde)
+        t.leaf(grow_branching(t, sg, children, window_steps, correlate=correlate, amplify=amplify))
+        if updates > 1:
+            t.deal_updates(updates, at.rng)
 
     return Recipe(
         name="branch_mix",
@@ -73,3 +84,27 @@ def branch_mix(
         varies=updates > 1,
         updates=updates,
     )
+
+
+_ADAM: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
+
+PRESETS: dict[str, Preset] = {
+    "flux": Preset(
+        sigmas=shifted_linear(20, 3.0).tolist(),
+        options={"beta": 1.0},
+        trainer={**_ADAM, "ema_decay": 0.995, "prompts_per_iteration": 32},
+        source=(
+            "arXiv 2509.06040: FLUX.1-dev, 720 px, guidance 3.5, full fine-tuning, HPSv2.1, "
+            "16 GPUs; the window as in the released script"
+        ),
+    ),
+    "flux-released": Preset(
+        sigmas=shifted_linear(20, 3.0).tolist(),
+        options={"correlate": None, "amplify": 4.0, "updates": 6},
+        trainer={**_ADAM, "max_grad_norm": 1.0, "prompts_per_iteration": 16},
+        source=(
+            "Fredreic1849/BranchGRPO finetune_flux_branchgrpo_8gpus.sh with MIX_ODE_SDE_TREE: "
+            "720 px, guidance 3.5, full fine-tuning, 12 of 68 edges per update"
+        ),
+    ),
+}

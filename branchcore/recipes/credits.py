@@ -1,8 +1,17 @@
-"""How rewards become advantages, one function per published estimator; recipes choose one."""
+"""How rewards become advantages, one builder per published estimator; recipes choose one.
+
+Credit is `lift` and `standardize` of `branchcore.credit` in some order; single-node and zero-std
+groups get 0 there. Edges with b = 0 take the value of the image that they re-noise. The estimators
+of trees are in `tree_credits` and importable from here, too.
+Letters: M rows, L leaves, R rewards.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from branchcore.credit import (
     EdgeCredit,
@@ -10,11 +19,43 @@ from branchcore.credit import (
     edge_values,
     lift,
     mean_weight,
+    relative,
     split_sign,
     standardize,
 )
 from branchcore.plan import Plan
 from branchcore.recipes.recipe import Credit
+from branchcore.recipes.tree_credits import (
+    ancestor_credit,
+    depth_credit,
+    gain_credit,
+    leaf_credit,
+    leaf_prompts,
+    value_credit,
+)
+
+__all__ = [
+    "ancestor_credit",
+    "depth_credit",
+    "exponential_credit",
+    "gain_credit",
+    "gdpo_credit",
+    "granular_credit",
+    "group_credit",
+    "inverse_step_weight",
+    "leaf_credit",
+    "noise_weight",
+    "pair_credit",
+    "value_credit",
+    "weighted",
+]
+
+Condition = tuple[int, int, float]
+
+
+def _weighted_sum(values_nR: Floats, weight_R: Floats) -> Floats:
+    """(n, 1) sum over rewards, in which a reward of zeros leaves no trace."""
+    return (values_nR * weight_R).sum(1, keepdims=True)
 
 
 def group_credit(
@@ -24,6 +65,7 @@ def group_credit(
     reward_first: bool = False,
     global_std: bool = False,
     separate: bool = False,
+    trimmed: float = 0.0,
 ) -> Credit:
     """Returns GRPO's credit: rewards standardised within the prompt, lifted to every edge.
 
@@ -34,37 +76,206 @@ def group_credit(
             normalised rewards.
         global_std: divide by the std over all prompts of the call instead of the prompt's own.
         separate: one clipped loss per reward (DanceGRPO).
+        trimmed: lowest fraction of the group that mean and std leave out (MixGRPO), in [0, 1).
+
+    Raises:
+        ValueError: trimmed outside [0, 1), or options that exclude each other.
     """
+    if not 0.0 <= trimmed < 1.0:
+        raise ValueError(f"group_credit: trimmed must be in [0, 1), got {trimmed}")
+    if reward_first and separate:
+        raise ValueError("group_credit: separate must be False with reward_first, got True")
+    if global_std and trimmed:
+        raise ValueError(f"group_credit: trimmed must be 0 with global_std, got {trimmed}")
 
     def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
-        group = plan.group(("prompt",))[plan.leaf]
+        prompts, scored, pool = leaf_prompts(plan), rewards_LR, rewards_LR
         if reward_first:
-            rewards_LR, weight_R = (rewards_LR @ weight_R)[:, None], np.ones(1)
-        spread = rewards_LR.std(0, ddof=ddof) if global_std else None
-        scores = standardize(rewards_LR, group, ddof=ddof, eps=eps, spread=spread)
+            scored = _weighted_sum(relative(rewards_LR, prompts), weight_R)
+            pool = _weighted_sum(relative(rewards_LR, np.zeros_like(prompts)), weight_R)
+            weight_R = np.ones(1)
+        spread = pool.std(0, ddof=ddof) if global_std else None
+        scores = standardize(scored, prompts, ddof=ddof, eps=eps, spread=spread, trimmed=trimmed)
         advantage = edge_values(plan, lift(plan, scores, mean_weight(plan)))
         return split_sign(advantage, weight_R, separate=separate)
 
     return credit
 
 
-def depth_credit(*, beta: float = 0.0, local: bool = False) -> Credit:
-    """Returns BranchGRPO's credit: rewards fused upward, standardised per tree and depth.
+def granular_credit(*, ddof: int = 1, eps: float = 1e-8) -> Credit:
+    """Returns G2RPO's credit: standardised per prompt and label, summed over the leaves below.
+
+    Leaves of one label are continued alike (step and stride), so that an action's advantage is the
+    sum over its granularities, clipped after the sum.
 
     Args:
-        beta: inverse temperature of the fusion; 0 = mean over descendant leaves. Multiplies mean
-            log-probabilities; for the sum scale multiply it by the number of latent elements.
-        local: softmax over the immediate children, as the released code.
+        ddof: of the std.
+        eps: added to the std; 1e-8 in the released code.
 
-    Source: BranchGRPO eq. 3-4: ddof 1, eps 1e-8, advantage 0 where a depth's std is below 1e-6.
+    Source: G2RPO, arXiv 2510.01982; bcmi/Granular-GRPO.
     """
 
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, log_prob_M: Floats) -> EdgeCredit:
-        weight_M = mean_weight(plan, log_prob_M, beta=beta, local=local)
-        fused = lift(plan, rewards_LR, weight_M)
-        value = edge_values(plan, fused)
-        group = plan.group(("tree", "depth"))
-        advantage = standardize(value, group, ddof=1, eps=1e-8, floor=1e-6, among=plan.stochastic)
-        return split_sign(advantage, weight_R)
+    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
+        group = plan.group(("prompt", "label"))[plan.leaf]
+        scores = standardize(rewards_LR, group, ddof=ddof, eps=eps)
+        return split_sign(edge_values(plan, lift(plan, scores)), weight_R)
 
     return credit
+
+
+def gdpo_credit(
+    *, ddof: int = 1, eps: float = 1e-4, conditions: Sequence[Condition] = ()
+) -> Credit:
+    """Returns GDPO's credit: every reward standardised alone, summed, divided by the call's std.
+
+    Every group's sum has mean 0, so that the batch step is one positive factor for all prompts.
+
+    Args:
+        ddof: of both stds; 1 in the released code.
+        eps: added to both stds; 1e-4 in the released code.
+        conditions: (reward, behind, threshold) by index: `reward` counts only where reward `behind`
+            is at least the threshold, else as 0.
+
+    Raises:
+        ValueError: at build, a condition on itself; at credit, fewer than 2 rewards or an index
+            that names none.
+
+    Source: GDPO, arXiv 2601.05242; NVlabs/GDPO.
+    """
+    conditions = tuple(conditions)
+    for reward, behind, _ in conditions:
+        if reward == behind or min(reward, behind) < 0:
+            raise ValueError(
+                f"gdpo_credit: conditions must name two different rewards from 0, got "
+                f"{(reward, behind)}"
+            )
+
+    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
+        num_rewards = rewards_LR.shape[1]
+        if num_rewards < 2:
+            raise ValueError(
+                f"gdpo_credit: rewards must have at least 2 components, got {num_rewards}; "
+                "try group_credit"
+            )
+        values, prompts = rewards_LR.copy(), leaf_prompts(plan)
+        for reward, behind, threshold in conditions:
+            if max(reward, behind) >= num_rewards:
+                raise ValueError(
+                    f"gdpo_credit: conditions must name rewards in 0..{num_rewards - 1}, got "
+                    f"{(reward, behind)}"
+                )
+            values[rewards_LR[:, behind] < threshold, reward] = 0.0
+        each = standardize(values, prompts, ddof=ddof, eps=eps)
+        total = _weighted_sum(each, weight_R)
+        scores = standardize(total, prompts, eps=eps, spread=total.std(0, ddof=ddof))
+        advantage = edge_values(plan, lift(plan, scores, mean_weight(plan)))
+        return split_sign(advantage, np.ones(1))
+
+    return credit
+
+
+def pair_credit() -> Credit:
+    """Returns Flow-DPO's credit: a prompt's best leaf gets 1, its worst -1, all others 0.
+
+    Leaves rank by the weighted sum of their rewards, the first of equals is taken; a prompt whose
+    leaves all tie gets 0.
+
+    Source: Flow-DPO, arXiv 2501.13918; yifan123/flow_grpo takes argmax and argmin of a group.
+    """
+
+    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
+        owner = leaf_prompts(plan)
+        score = _weighted_sum(relative(rewards_LR, owner), weight_R)[:, 0]
+        rows, node = np.flatnonzero(plan.leaf), np.zeros((len(plan), 1))
+        for prompt in range(plan.num_prompts):
+            mine = np.flatnonzero(owner == prompt)
+            best, worst = mine[np.argmax(score[mine])], mine[np.argmin(score[mine])]
+            if score[best] > score[worst]:
+                node[rows[best]], node[rows[worst]] = 1.0, -1.0
+        return split_sign(edge_values(plan, node), np.ones(1))
+
+    return credit
+
+
+def exponential_credit(*, temperature: float = 1.0, cap: float) -> Credit:
+    """Returns Flow-RWR's credit: A+ = min(exp(z / temperature), cap), A- = 0.
+
+    z is the weighted sum of the rewards' z-scores within the prompt (biased std, eps 1e-4); the
+    paper exponentiates the raw reward. Without a spread z is 0 and A+ 1, a plain matching loss.
+
+    Args:
+        temperature: > 0.
+        cap: bound on A+, > 0.
+
+    Raises:
+        ValueError: a number that is not positive.
+
+    Source: Flow-RWR, arXiv 2501.13918.
+    """
+    if not (temperature > 0.0 and 0.0 < cap < np.inf):
+        raise ValueError(
+            "exponential_credit: temperature and cap must be positive and finite, got "
+            f"{temperature} and {cap}"
+        )
+
+    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
+        scores = standardize(rewards_LR, leaf_prompts(plan), ddof=0, eps=1e-4)
+        z = edge_values(plan, lift(plan, scores, mean_weight(plan))) @ weight_R
+        # exp alone may overflow, and exp(log(cap)) may miss cap by its rounding
+        plus = np.minimum(np.exp(np.minimum(z / temperature, np.log(cap))), cap)
+        return EdgeCredit(np.stack([plus, np.zeros_like(plus)], axis=1), z)
+
+    return credit
+
+
+def weighted(credit: Credit, weight: Callable[[Plan], Floats]) -> Credit:
+    """Returns a credit with advantages times a step weight: the same as weighing the clipped loss.
+
+    `value` stays, and so does the KL.
+
+    Args:
+        credit: of the advantages.
+        weight: plan -> (M,) finite weights >= 0, such as `noise_weight`.
+    """
+
+    def reweighed(plan: Plan, rewards: Floats, weights: Floats, log_prob: Floats) -> EdgeCredit:
+        advantage, value = credit(plan, rewards, weights, log_prob)
+        factor = weight(plan)
+        good = np.isfinite(factor) & (factor >= 0.0)
+        if factor.shape != (len(plan),) or not good.all():
+            got = factor.shape if factor.shape != (len(plan),) else factor[~good][0]
+            raise ValueError(
+                f"weighted: weight must return ({len(plan)},) finite numbers >= 0, got {got}"
+            )
+        return EdgeCredit(advantage * factor[:, None], value)
+
+    return reweighed
+
+
+def _steps(name: str, plan: Plan) -> NDArray[np.bool_]:
+    """(M,) the sampling steps; an error if something else is trained."""
+    if (plan.train & plan.matching).any():
+        row = int(np.argmax(plan.train & plan.matching))
+        raise ValueError(f"{name}: trained edges must be sampling steps, got b = 0 at row {row}")
+    return (plan.parent >= 0) & ~plan.matching
+
+
+def noise_weight(plan: Plan) -> Floats:
+    """Returns (M,) TempFlow-GRPO's weights: s over its mean over the prompt's trained edges.
+
+    Source: TempFlow-GRPO; its code has the constants 2.25 (SD3.5, T = 10) and 1.73 (FLUX) for
+    1 / mean(s).
+    """
+    s = np.where(_steps("noise_weight", plan), plan.row[:, 3], 0.0)
+    owner = plan.prompt[plan.train]
+    total = np.bincount(owner, s[plan.train], minlength=plan.num_prompts)
+    count = np.bincount(owner, minlength=plan.num_prompts)
+    scale = np.where(count > 0, count / np.where(count > 0, total, 1.0), 0.0)
+    return s * scale[plan.prompt]
+
+
+def inverse_step_weight(plan: Plan) -> Floats:
+    """Returns (M,) GRPO-Guard's weights 1 / dt, 0 where an edge is no sampling step."""
+    steps = _steps("inverse_step_weight", plan)
+    dt = plan.sigma[plan.parent] - plan.sigma
+    return np.where(steps, 1.0 / np.where(steps, dt, 1.0), 0.0)

@@ -10,10 +10,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from branchcore.credit import Floats
 from branchcore.objective import ClippedRatio
+from branchcore.plan import Plan
+from branchcore.recipes.chains import chain_step, check_group, grow_chains, ratio_of
 from branchcore.recipes.credits import group_credit
-from branchcore.recipes.recipe import Moment, Recipe, check_sigmas, check_updates, keeps_options
-from branchcore.steps import dance_sde, euler
+from branchcore.recipes.recipe import (
+    Moment,
+    Preset,
+    Recipe,
+    check_sigmas,
+    check_updates,
+    keeps_options,
+)
+from branchcore.schedule import shifted_linear
 from branchcore.tree import Tree
 
 
@@ -22,8 +32,10 @@ def dance_grpo(
     sigmas: Sequence[float],
     *,
     group: int = 12,
+    sde: str = "dance_sde",
     eta: float = 0.3,
     fraction: float = 0.6,
+    best_of: int | None = None,
     clip: float = 1e-4,
     kl: float = 0.0,
     same_noise: bool = True,
@@ -35,8 +47,11 @@ def dance_grpo(
     Args:
         sigmas: (T + 1,) schedule; FLUX: shifted_linear(16, 3).
         group: chains per prompt.
-        eta: diffusion of the SDE.
+        sde: "dance_sde"; others see `chains.chain_step`.
+        eta: diffusion of the SDE, or the a or eta of another.
         fraction: share of the first T - 1 steps that a sample trains.
+        best_of: train only the best and the worst best_of / 2 leaves of a group; statistics still
+            come from all. None = all; 8 of 24 in the HunyuanVideo script. Biased.
         clip: PPO clip range.
         kl: weight of the KL to the base model; none in the paper.
         same_noise: all chains of a prompt start from one root noise.
@@ -51,23 +66,102 @@ def dance_grpo(
             f"dance_grpo: fraction must select 1 to {num_steps} steps, got {fraction} "
             f"({num_trained} steps)"
         )
+    check_group("dance_grpo", group)
     check_updates("dance_grpo", updates, group)
-    sde = dance_sde(eta)
+    kept = group if best_of is None else best_of
+    if not 2 <= kept <= group:
+        raise ValueError(f"dance_grpo: best_of must be in 2..{group}, got {best_of}")
+    step = chain_step(sde, eta, sg)
 
     def grow(t: Tree, at: Moment) -> None:
-        x = t.roots(group, same_noise=same_noise)
-        order = at.rng.permuted(np.tile(np.arange(num_steps), (group, 1)), axis=1)
-        update = np.arange(group) * updates // group
-        for i, sigma in enumerate(sg[1:-1]):
-            train = (order[:, :num_trained] == i).any(1)
-            x = t.grow(x, sigma, sde, train=train, update=update)
-        t.leaf(t.grow(x, sg[-1], euler))
+        order = at.rng.permuted(np.tile(np.arange(num_steps), (group, 1)), axis=1)[:, :num_trained]
+        train = (order == np.arange(num_steps)[:, None, None]).any(2)
+        x = grow_chains(
+            t,
+            sg,
+            step,
+            range(num_steps),
+            group=group,
+            same_noise=same_noise,
+            updates=updates,
+            train=train,
+        )
+        t.leaf(x)
 
     return Recipe(
         name="dance_grpo",
         grow=grow,
         credit=group_credit(ddof=1, eps=1e-8, separate=separate),
-        objective=ClippedRatio(clip=(clip, clip), kl=kl),
+        objective=ClippedRatio(ratio=ratio_of(sde), clip=(clip, clip), kl=kl),
+        prune=lambda plan, value, _iteration: best_and_worst(plan, value, kept),
         varies=num_trained < num_steps,
         updates=updates,
     )
+
+
+def best_and_worst(plan: Plan, value_M: Floats, kept: int) -> Floats:
+    """Returns weights that keep the chains of each prompt's best and worst leaves.
+
+    Args:
+        plan: the chains.
+        value_M: (M,) scalar value of every node.
+        kept: leaves per prompt, the worse half one more if odd; ties keep the order of leaves.
+
+    Source: DanceGRPO `train_grpo_hunyuan.py`, best-of-n. The loss stays divided by all planned
+    edges.
+    """
+    leaves = np.flatnonzero(plan.leaf)
+    alive = np.zeros(len(plan), dtype=bool)
+    for prompt in range(plan.num_prompts):
+        mine = leaves[plan.prompt[leaves] == prompt]
+        ranked = mine[np.argsort(-value_M[mine], kind="stable")]
+        alive[ranked[: kept // 2]] = True
+        alive[ranked[max(0, len(ranked) - (kept - kept // 2)) :]] = True
+    for lo, hi in plan.levels()[:0:-1]:
+        np.logical_or.at(alive, plan.parent[lo:hi], alive[lo:hi])
+    return alive.astype(np.float64)
+
+
+_TRAINER = {"lr": 1e-5, "weight_decay": 1e-4, "max_grad_norm": 1.0}
+PRESETS = {
+    "flux": Preset(
+        sigmas=shifted_linear(16, 3.0).tolist(),
+        options={"updates": 3},
+        trainer={**_TRAINER, "prompts_per_iteration": 16},
+        source="XueZeyue/DanceGRPO finetune_flux_grpo.sh (16 GPUs): 720 px, guidance 3.5, full "
+        "fine-tune, HPSv2.1, 300 iterations",
+    ),
+    "flux-8gpu": Preset(
+        sigmas=shifted_linear(16, 3.0).tolist(),
+        options={"updates": 2},
+        trainer={
+            **_TRAINER,
+            "max_grad_norm": 0.01,
+            "ema_decay": 0.995,
+            "prompts_per_iteration": 16,
+        },
+        source="XueZeyue/DanceGRPO finetune_flux_grpo_8gpus.sh: 720 px, guidance 3.5, full "
+        "fine-tune; its 2 updates hold one of two prompts each, here half of every group",
+    ),
+    "flux-lora": Preset(
+        sigmas=shifted_linear(12, 3.0).tolist(),
+        options={"updates": 2},
+        trainer={**_TRAINER, "lr": 3e-4, "prompts_per_iteration": 16},
+        source="XueZeyue/DanceGRPO finetune_flux_grpo_8gpus_lora.sh: 720 px, guidance 3.5, LoRA "
+        "128/256; 2 updates as in flux-8gpu",
+    ),
+    "hunyuan-video": Preset(
+        sigmas=shifted_linear(16, 5.0).tolist(),
+        options={"group": 24, "eta": 0.25, "best_of": 8, "separate": True, "updates": 2},
+        trainer={**_TRAINER, "prompts_per_iteration": 32},
+        source="XueZeyue/DanceGRPO finetune_hunyuan_grpo.sh (32 GPUs): 480 x 480 x 53, full "
+        "fine-tune, VideoAlign; updates of 4 of the 8 kept samples",
+    ),
+    "qwen-image": Preset(
+        sigmas=shifted_linear(20, 3.0).tolist(),
+        options={},
+        trainer=_TRAINER,
+        source="XueZeyue/DanceGRPO Qwen-Image script: 720 px, full fine-tune; group and number of "
+        "updates differ between its versions and are left at the defaults",
+    ),
+}
