@@ -543,7 +543,7 @@ def rewards_of(plan, count=1):
         ),
         (
             lambda: take(credits.value_credit(gamma=1, anchor=0), previews(1), [0.1, -0.2, 0.3]),
-            r"value_credit: rewards must be >= 0, got -0.2; try shifting",
+            r"value_credit: rewards must be >= 0, got -0.2; try a larger shift",
         ),
         *(
             (lambda k=k: credits.value_credit(**k), r"value_credit: gamma must be in \[0, 1\]")

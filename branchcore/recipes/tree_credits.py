@@ -169,7 +169,9 @@ def _ancestor_means(plan: Plan, values_LR: Floats, mean_MR: Floats, by_size: boo
     return np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), values_LR)
 
 
-def value_credit(*, gamma: float, anchor: float, anchored_steps: int = 5) -> Credit:
+def value_credit(
+    *, gamma: float, anchor: float, anchored_steps: int = 5, shift: float = 0.0
+) -> Credit:
     """Returns VGPO's credit on chains whose stochastic nodes each have a preview leaf.
 
     With R_t the reward of the x0 read-out after step t, Q_t = R_t + gamma Q_(next step),
@@ -185,6 +187,7 @@ def value_credit(*, gamma: float, anchor: float, anchored_steps: int = 5) -> Cre
         gamma: discount of later previews, in [0, 1].
         anchor: k, >= 0.
         anchored_steps: stochastic steps of a chain that are anchored.
+        shift: added to every reward; the paper assumes that none is negative.
 
     Raises:
         ValueError: at build, a number out of range; at credit, negative rewards or a plan without
@@ -199,9 +202,11 @@ def value_credit(*, gamma: float, anchor: float, anchored_steps: int = 5) -> Cre
         )
 
     def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
+        rewards_LR = rewards_LR + shift
         if (rewards_LR < 0.0).any():
             raise ValueError(
-                f"value_credit: rewards must be >= 0, got {rewards_LR.min()}; try shifting them"
+                f"value_credit: rewards must be >= {0.0 - shift:g}, got {rewards_LR.min() - shift:g}; "
+                "try a larger shift"
             )
         acts = plan.stochastic
         head, position = _chains(plan)

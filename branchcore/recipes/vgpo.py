@@ -30,6 +30,7 @@ def vgpo(
     gamma: float = 1.0,
     anchor: float = 0.1,
     anchored_steps: int = 5,
+    shift: float = 0.0,
     noise_level: float = 0.7,
     clip: float = 1e-4,
     kl: float = 0.04,
@@ -38,7 +39,7 @@ def vgpo(
 ) -> Recipe:
     """Builds VGPO; defaults are Flow-GRPO's for SD3.5-M, gamma and anchor ours.
 
-    Rewards must not be negative: w_t divides by their sum.
+    Rewards must not be negative, shift included: w_t divides by their sum.
 
     Args:
         sigmas: (T + 1,) schedule; SD3.5-M: flow_match_euler(10).
@@ -46,6 +47,7 @@ def vgpo(
         gamma: discount of later rewards, in [0, 1].
         anchor: k, weight of the value itself beside the z-score; 0 = none.
         anchored_steps: steps from the start that have the anchor; 5 in the paper.
+        shift: added to every reward, so that none is negative.
         noise_level: the SDE's a.
         clip: PPO clip range.
         kl: weight of the KL to the base model.
@@ -67,7 +69,7 @@ def vgpo(
     return Recipe(
         name="vgpo",
         grow=grow,
-        credit=value_credit(gamma=gamma, anchor=anchor, anchored_steps=anchored_steps),
+        credit=value_credit(gamma=gamma, anchor=anchor, anchored_steps=anchored_steps, shift=shift),
         objective=ClippedRatio(clip=(clip, clip), kl=kl, kl_form=kl_form),
         varies=False,
         updates=updates,

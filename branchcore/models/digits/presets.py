@@ -45,9 +45,10 @@ _SPLITS_ONLY: dict[str, Any] = {
     "evaluate_every": 15,
 }
 
-# What a published default cannot be here: a schedule that is not shifted, an earlier branch step.
+# What a published default cannot be here: a schedule that is not shifted, rewards below 0.
 _SUITED: dict[str, dict[str, Any]] = {
     "mix_grpo_flash": {"shift": 1.0},
+    "vgpo": {"shift": 6.0},
 }
 _TUNED: dict[str, Preset] = {
     "branch_mix": Preset({**_TREE, "window": 0}, _SPLITS_ONLY),
