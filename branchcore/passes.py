@@ -82,7 +82,9 @@ def unshare(plan: Plan) -> Rewritten:
         up = plan.parent[rows].astype(np.int64)
         rows, chain = up[up >= 0], chain[up >= 0]
     origin, owner = np.concatenate(origins), np.concatenate(chains)
-    renoised = [_with_their_image(plan, edge, origin, owner) for edge in plan.matching.nonzero()[0]]
+    renoised = [
+        _with_their_image(plan, edge, origin, owner) for edge in plan.matching.nonzero()[0].tolist()
+    ]
     origin = np.concatenate([origin, *(o for o, _ in renoised)])
     owner = np.concatenate([owner, *(c for _, c in renoised)])
     order = np.argsort(plan.depth[origin], kind="stable")

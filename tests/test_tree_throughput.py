@@ -1,11 +1,14 @@
 """The tree benchmark: its checks pass and can fail, its maths is right, its flags explain."""
 
 import json
+import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
@@ -14,16 +17,23 @@ pytest.importorskip("diffusers")
 
 import checks  # noqa: E402
 import measure  # noqa: E402
+import picture  # noqa: E402
+import ratios  # noqa: E402
 import tree_throughput  # noqa: E402
+import work  # noqa: E402
 import workload  # noqa: E402
+from plans import BASES, CORE, PLANS  # noqa: E402
 from plans.exact import exact  # noqa: E402
+from plans.steps import Seen, dpm_step, flow_step, log_prob, ratio_norm  # noqa: E402
 
 SMALL = ["--leaves", "12", "--steps", "7", "--prompts", "2"]
+CPU = torch.device("cpu")
+OTHERS = ("mix", "flash", "tree", "tempflow", "g2rpo", "guard")
 STAGES = ["rollout", "decode", "reward", "advantage", "train", "optimizer"]
 
 
 @pytest.mark.slow
-def test_all_checks_pass_on_a_small_tree(capsys, tmp_path):
+def test_all_core_checks_pass_on_a_small_tree(capsys, tmp_path):
     out = tmp_path / "checks.json"
     assert tree_throughput.main([*SMALL, "--check-only", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
@@ -37,14 +47,61 @@ def test_all_checks_pass_on_a_small_tree(capsys, tmp_path):
     # n_i = 1 2 4 12 12 12 12 for splits 0 1 2; the release trains depth 7 too
     assert found["f F / E / P / D, 2 prompts: branch"]["value"] == [110, 132, 110, 24]
     assert found["f F / E / P / D, 2 prompts: exact:branch"]["value"] == [110, 108, 86, 24]
-    assert found["f F / E / P / D, 2 prompts: engine"]["value"] == [110, 36, 14, 24]
+    # first split to last: n_i = 1 2 4, then 12 leaves of a tail of 2 steps
+    assert found["f F / E / P / D, 2 prompts: engine"]["value"] == [62, 36, 14, 24]
     assert f"{len(found)} of {len(found)} checks pass" in capsys.readouterr().out
 
 
+def narrow(monkeypatch, *ways):
+    """Checks some ways to a gradient, in float64 only: for time."""
+    monkeypatch.setattr(checks, "WAYS", {way: checks.WAYS[way] for way in ways})
+    monkeypatch.setattr(checks, "LIMITS", {torch.float64: 1e-12})
+
+
 @pytest.mark.slow
-def test_a_quick_run_writes_every_field(tmp_path, capsys):
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_release_has_the_gradient_of_its_recipe(name, monkeypatch):
+    """In float64, in the two ways that differ most; the bench's own run does them all."""
+    narrow(monkeypatch, "tape", "packed")
+    found = checks.run_checks(workload.workload("digits", 12, 7, CPU), [name, f"exact:{name}"])
+    assert [check.name for check in found if not check.passed] == []
+    compared = [check for check in found if check.limit is not None]
+    # gradient, latents, ratio, advantages of both ways; work of the release and of the tape
+    assert len(compared) == 2 * 4 + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tail"), [("exact:flash", 5), ("engine", 5)])
+def test_second_order_tails_are_those_of_the_edge_by_edge_loop(name, tail, monkeypatch):
+    narrow(monkeypatch, "tape")
+    load = workload.workload("digits", 12, 16, CPU)
+    plan = load.recipes[PLANS[name].recipe].plan([0], seed=0, iteration=0)
+    assert plan.history.sum() == 12 * (tail - 1 if name == "exact:flash" else tail - 2)
+    assert [check.name for check in checks.run_checks(load, [name]) if not check.passed] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("tempflow", "step_weights", False), ("g2rpo", "strides", (1, 1)), ("tree", "beta", 3.0)],
+)
+def test_another_estimator_fails_and_is_named(name, option, value, monkeypatch):
+    options = workload.recipe_options(12, 7)
+    options[name] |= {option: value}
+    monkeypatch.setattr(workload, "recipe_options", lambda _leaves, _steps: options)
+    narrow(monkeypatch, "tape")
+    monkeypatch.setattr(checks, "PROMPTS", {torch.float64: 1})
+    found = checks.run_checks(workload.workload("digits", 12, 7, CPU), [f"exact:{name}"])
+    failed = [check.name for check in found if not check.passed]
+    expected = "f F / E / P / D, 1 prompts" if name == "g2rpo" else "a gradient fp64"
+    assert any(check.startswith(f"{expected}: exact:{name}") for check in failed)
+
+
+@pytest.mark.slow
+def test_a_quick_run_writes_every_field(tmp_path, capsys, monkeypatch):
+    narrow(monkeypatch, "tape")
+    monkeypatch.setattr(checks, "PROMPTS", {torch.float64: 1})
     out, png = tmp_path / "r.json", tmp_path / "r.png"
-    chosen = ["branch", "exact:branch", "steel:branch", "engine"]
+    chosen = ["branch_mix", "exact:branch_mix", "engine"]
     arguments = [*SMALL, "--plans", ",".join(chosen), "--budget", "1"]
     pytest.importorskip("matplotlib")
     assert tree_throughput.main([*arguments, "--json", str(out), "--plot", str(png)]) == 0
@@ -62,15 +119,15 @@ def test_a_quick_run_writes_every_field(tmp_path, capsys):
         # medians of stages: the sum is near the median of sums, never far
         assert 0.5 * plan["cpu_s"] <= sum(plan["split"].values()) <= 1.5 * plan["cpu_s"], name
         assert plan["D"] == 24
-    assert result["plans"]["branch"]["extrapolated"]
-    assert result["plans"]["branch"]["prompts_timed"] == 1
+    assert result["plans"]["branch_mix"]["extrapolated"]
+    assert result["plans"]["branch_mix"]["prompts_timed"] == 1
     assert not result["plans"]["engine"]["extrapolated"]
-    ratio = result["ratios"]["exact:branch/branch"]
+    ratio = result["ratios"]["exact:branch_mix/branch_mix"]
     assert {"cpu", "wall", "ci95"} <= set(ratio)
     assert ratio["ci95"][0] <= ratio["cpu"] <= ratio["ci95"][1]
     assert ratio["cpu"] > 1.0
     assert png.read_bytes()[:4] == b"\x89PNG"
-    assert "| exact:branch/branch |" in capsys.readouterr().out
+    assert "| exact:branch_mix/branch_mix |" in capsys.readouterr().out
 
 
 def scaled(task, clock, **options):
@@ -100,6 +157,7 @@ def wasteful(task, clock, **options):
     ],
 )
 def test_a_wrong_engine_fails_the_run_and_is_named(run, named, monkeypatch, capsys, tmp_path):
+    narrow(monkeypatch, "tape")
     monkeypatch.setattr(checks, "WAYS", {"tape": run})
     out = tmp_path / "r.json"
     arguments = [*SMALL, "--plans", "exact:branch_mix", "--json", str(out)]
@@ -117,7 +175,7 @@ def test_a_wrong_engine_fails_the_run_and_is_named(run, named, monkeypatch, caps
         (["--leaves", "10"], "--leaves must be one of 12, 16, 24, 81, got 10"),
         (["--model", "flux"], "--model must be one of auto, digits, tiny, got 'flux'"),
         (["--steps", "6"], "--steps must be at least 7, for distinct splits, got 6"),
-        (["--plans", "dance,tree"], "--plans must be from dance, flow, branch"),
+        (["--plans", "dance,nft"], "--plans must be from dance, flow, branch"),
         (["--prompts", "0"], "--prompts must be 1 to 60, got 0"),
         (
             ["--json", "no/such/r.json"],
@@ -163,8 +221,15 @@ def test_rounds_must_pair_up():
         measure.paired_ratio([1.0, 2.0], [1.0])
 
 
+def counts(name, leaves, steps):
+    """Closed form and the plan's own counts, (F, E, P, D) of one prompt."""
+    load = workload.workload("digits", leaves, steps, CPU)
+    plan = load.recipes[PLANS[name].recipe].plan([0], seed=0, iteration=0)
+    return tuple(work.closed_form(name, load, plan, 1)), tuple(plan.counts())
+
+
 @pytest.mark.parametrize(
-    ("leaves", "steps", "work"),
+    ("leaves", "steps", "expected"),
     [
         # PERFORMANCE's table for BranchGRPO, N and T, released loop: F, E, P, D
         (12, 10, (83, 94, 83, 12)),
@@ -173,15 +238,118 @@ def test_rounds_must_pair_up():
         (81, 16, (754, 834, 754, 81)),
     ],
 )
-def test_closed_forms_are_the_published_ones(leaves, steps, work):
-    load = workload.workload("digits", leaves, steps, tree_throughput.torch.device("cpu"))
-    plan = load.recipes["branch"].plan([0], seed=0, iteration=0)
-    assert tuple(workload.closed_form("branch", load, plan, 1)) == work
-    clean = workload.closed_form("exact:branch", load, plan, 1)
-    assert tuple(clean) == tuple(plan.counts())
-    assert clean.E + leaves == work[1]
-    flow = load.recipes["flow"].plan([0], seed=0, iteration=0)
-    assert tuple(workload.closed_form("flow", load, flow, 1))[:2] == (
-        leaves * steps,
-        leaves * int(0.99 * steps),
-    )
+def test_closed_forms_of_branch_and_flow_are_the_published_ones(leaves, steps, expected):
+    assert counts("branch", leaves, steps)[0] == expected
+    clean, own = counts("exact:branch", leaves, steps)
+    assert clean == own
+    assert clean[1] + leaves == expected[1]
+    assert counts("flow", leaves, steps)[0][:2] == (leaves * steps, leaves * int(0.99 * steps))
+
+
+@pytest.mark.parametrize(
+    ("name", "leaves", "steps", "expected"),
+    [
+        # 4 seeds of 6 children: 4 (9 + 6 * 45) forwards
+        ("tempflow", 24, 10, (1116, 216, 36, 216)),
+        # FLUX, strides 1 and 2, the anchor's image counted
+        ("g2rpo", 12, 16, (1792, 96, 8, 193)),
+        # tails of an action share their first two steps, the anchor ends at its half
+        ("exact:g2rpo", 12, 16, (1496, 96, 8, 192)),
+        # FLUX, window at 5
+        ("mix", 12, 25, (300, 48, 37, 12)),
+        ("exact:mix", 12, 25, (300 - 11 * 6, 48, 37, 12)),
+        # i + (k^d - 1) / (k - 1) + k^d (T - i - d) at i = 1, k = 3, d = 4
+        ("tree", 81, 10, (1 + 40 + 81 * 5, 120, 40, 81)),
+        ("guard", 24, 10, (240, 216, 216, 24)),
+    ],
+)
+def test_closed_forms_of_the_others_are_the_published_ones(name, leaves, steps, expected):
+    assert counts(name, leaves, steps)[0] == expected
+
+
+@pytest.mark.parametrize("steps", [7, 10, 16, 25])
+@pytest.mark.parametrize("name", [n for n in PLANS if n.startswith("exact:") or n == "engine"])
+def test_closed_forms_are_what_the_plan_counts(name, steps):
+    closed, own = counts(name, 16 if steps > 7 else 12, steps)
+    assert closed == own
+
+
+def test_the_released_second_order_step_converges_as_published():
+    """Data N(1.3, 0.4^2) with its exact velocity, sigma 0.9 to 0.1, from x = 2."""
+
+    def last(num):
+        levels, before = np.linspace(0.9, 0.1, num + 1).tolist(), None
+        x = torch.full((1,), 2.0, dtype=torch.float64)
+        for sigma, after in pairwise(levels):
+            variance = (1 - sigma) ** 2 * 0.16 + sigma**2
+            x0 = 1.3 + 0.16 * (1 - sigma) / variance * (x - (1 - sigma) * 1.3)
+            here = Seen(sigma, x0)
+            x, before = dpm_step(x, here, before, after), here
+        return float(x)
+
+    def std(sigma):
+        return math.sqrt((1 - sigma) ** 2 * 0.16 + sigma**2)
+
+    exact_end = 0.9 * 1.3 + std(0.1) / std(0.9) * (2.0 - 0.1 * 1.3)
+    errors = [abs(last(num) - exact_end) for num in (16, 32, 64, 128)]
+    np.testing.assert_allclose(errors, [0.005736, 0.001667, 0.000431, 0.000108], rtol=6e-3)
+
+
+def test_the_released_second_order_step_ends_at_the_prediction():
+    x, x0, old = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).double()
+    ended = dpm_step(x, Seen(0.3, x0), Seen(0.6, old), 0.0)
+    np.testing.assert_array_equal(ended, x0)
+    # nothing is remembered of pure noise, where lambda is -inf
+    alone, after_noise = (dpm_step(x, Seen(0.6, x0), b, 0.3) for b in (None, Seen(1.0, old)))
+    np.testing.assert_array_equal(alone, after_noise)
+    np.testing.assert_allclose(alone, 0.5 * x + 0.5 * x0, atol=1e-15)
+
+
+def test_ratio_norm_is_the_mean_of_noise_times_drift():
+    """Off policy too: the exponent is mean(eps (mu - mu_old)), without 1 / s and its square."""
+    generator = torch.Generator().manual_seed(0)
+    x, v_old, v, eps = torch.randn(4, 3, 40, generator=generator).double()
+    (old_mean, std), (mean, _) = (flow_step(x, u, 0.8, 0.7, 0.7, 0.9) for u in (v_old, v))
+    y = old_mean + std * eps
+    ratio = ratio_norm(log_prob(y, mean, std), log_prob(y, old_mean, std), mean, old_mean, std)
+    np.testing.assert_allclose(ratio.log(), (eps * (mean - old_mean)).mean(1), rtol=1e-12)
+
+
+def timed(**seconds):
+    row = {"F": 10, "E": 4, "P": 2, "D": 8}
+    return {
+        name.replace("_of_", ":"): {**row, "cpu_s": s, "rounds_cpu_s": [s], "rounds_wall_s": [s]}
+        for name, s in seconds.items()
+    }
+
+
+def test_the_fastest_release_at_equal_leaves_has_the_engine_target():
+    plans = timed(dance=8.0, mix=4.0, tempflow=1.0, engine=0.5, exact_of_mix=2.0)
+    found = ratios.ratios(plans, pair=3.0)
+    assert list(found) == ["exact:mix/mix", "engine/dance", "engine/mix"]
+    assert found["engine/mix"]["target"] == ratios.FASTEST_TARGET == 4.0
+    assert found["engine/dance"]["target"] is None
+    assert found["exact:mix/mix"]["target"] == 3.0
+    assert found["exact:mix/mix"]["cpu"] == 2.0
+    # 10 + 3 E rows released, 10 + 2 P on the tape
+    assert found["exact:mix/mix"]["predicted"] == 22 / 14
+
+
+def test_a_release_that_trains_by_parent_is_predicted_so():
+    found = ratios.ratios(timed(g2rpo=8.0, exact_of_g2rpo=2.0), pair=3.0)
+    assert found["exact:g2rpo/g2rpo"]["predicted"] == 16 / 14
+
+
+def test_core_is_the_default_and_a_part_of_all():
+    chosen = tree_throughput.options(["--check-only"])
+    assert (chosen.plans, chosen.budget) == (list(CORE), 110.0)
+    everything = tree_throughput.options(["--check-only", "--plans", "all"])
+    assert (everything.plans, everything.budget) == (list(PLANS), 420.0)
+    assert set(PLANS) - set(CORE) == {p + n for n in OTHERS for p in ("", "exact:")}
+    assert len(BASES) + len(BASES) + 3 == len(PLANS)
+
+
+def test_rows_of_a_panel_are_apart_where_their_kind_changes():
+    names = ["dance", "flow", "exact:dance", "steel:dance", "engine"]
+    assert picture.heights(names) == [0.0, -1.0, -2.5, -4.0, -5.5]
+    assert picture.heights(["engine/dance", "engine/flow", "engine/steel:dance"])[1:] == [-1, -2.5]

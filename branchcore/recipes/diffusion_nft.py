@@ -4,8 +4,8 @@ Images come from an ODE; each is re-noised at the schedule's levels but one. Wit
 r = clip(A / 10 + 1/2, 0, 1), v+- = v_old +- beta (v - v_old) and x0+- = x_t - t v+-, the loss is
 5 mean(r mean (x0+ - x0)^2 / (w+ beta) + (1 - r) mean (x0- - x0)^2 / (w- beta)).
 
-v_old is the policy that samples, an average that follows the trained one: it keeps min(lag i, lag_max)
-of itself after iteration i.
+v_old is the policy that samples, an average that follows the trained one: after iteration i it
+keeps min(lag i, lag_max) of itself.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ def prime_factors(number: int) -> tuple[int, ...]:
 def leaf_options(options: Collection[str], leaves: int, steps: int) -> dict[str, Any]:
     """Returns options of a recipe for `leaves` leaves per prompt (per branching step on a trunk).
 
-    Chains get a group of that size, trees its prime factors, split as "dense" scales to `steps`,
-    trunks the children nearest to 6 that divide it.
+    Chains get a group of that size, trees its prime factors (the first as roots where a method has
+    several), split as "dense" scales to `steps`, trunks the children nearest to 6 that divide it.
 
     Args:
         options: names of the recipe's options.
@@ -38,8 +38,10 @@ def leaf_options(options: Collection[str], leaves: int, steps: int) -> dict[str,
     if "group" in options:
         return {"group": leaves}
     if "branching" in options:
+        several = {"roots": factors[0]} if "roots" in options and len(factors) > 1 else {}
+        factors = factors[len(several) :]
         splits = {"splits": scaled_splits("dense", steps, len(factors))}
-        return {"branching": factors, **(splits if "splits" in options else {})}
+        return {**several, "branching": factors, **(splits if "splits" in options else {})}
     if "trunks" in options and "children" in options:
         divisors = [d for d in range(2, leaves + 1) if leaves % d == 0]
         children = min(divisors, key=lambda d: abs(d - 6))

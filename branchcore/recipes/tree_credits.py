@@ -202,12 +202,12 @@ def value_credit(
         )
 
     def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
-        rewards_LR = rewards_LR + shift
-        if (rewards_LR < 0.0).any():
+        if rewards_LR.min() + shift < 0.0:
             raise ValueError(
-                f"value_credit: rewards must be >= {0.0 - shift:g}, got {rewards_LR.min() - shift:g}; "
-                "try a larger shift"
+                f"value_credit: rewards must be >= {0.0 - shift:g}, got {rewards_LR.min():g}; try "
+                "a larger shift"
             )
+        rewards_LR = rewards_LR + shift
         acts = plan.stochastic
         head, position = _chains(plan)
         q = lift(plan, rewards_LR, np.where(acts, gamma, 1.0))
