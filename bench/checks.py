@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from plans import BASES, PLANS, RECIPES, REFERENCE, Run
 from plans.exact import exact
 from plans.task import Clock, Outcome
 from torch import Tensor
-from workload import FixedReward, Work, Workload, closed_form, linear_reward
+from work import Work, closed_form
+from workload import Workload, linear_reward
 
 PROMPTS = {torch.float64: 2, torch.float32: 1}
 WAYS: dict[str, Run] = {
@@ -94,8 +96,10 @@ def run_counted(name: str, run: Run, load: Workload, model: Any, dtype: torch.dt
     clock = Clock(load.device)
     counting = Counting(model, clock)
     model.module.zero_grad(set_to_none=True)
-    reward = linear_reward if dtype == torch.float64 else FixedReward()
-    task = load.task(PLANS[name].recipe, counting, reward, PROMPTS[dtype], dtype=dtype)
+    task = load.task(PLANS[name].recipe, counting, linear_reward, PROMPTS[dtype], dtype=dtype)
+    if dtype == torch.float32:
+        leaves = int(task.plan().leaf.sum())
+        task = replace(task, rewards=np.random.default_rng(1).random(leaves))
     outcome = run(task, clock)
     grads = [p.grad.flatten() for p in model.module.parameters() if p.grad is not None]
     # edges, not forwards: siblings that share a forward are each a term of the objective
@@ -148,13 +152,14 @@ def _recipe_checks(
             checks.append(Check(f"e max |ratio - 1| {short}", name, full.outcome.ratio_dev, None))
             checks += [_work(name, load, full)] * double
             continue
-        ways = WAYS if PLANS[name].tape else {"batched": PLANS[name].run}
+        taped = PLANS[name].trains == "tape"
+        ways = WAYS if taped else {"batched": PLANS[name].run}
         for way, run in ways.items():
             if not double and way not in ("tape", "batched"):
                 continue
             ran = run_counted(name, run, load, model, dtype)
             plan = f"{name}, {way}"
-            exactly_one = 0.0 if PLANS[name].tape and way != "stored v_old" else None
+            exactly_one = 0.0 if taped and way != "stored v_old" else None
             checks += [
                 Check(f"{letter} gradient {short}", plan, gradient_gap(ran, released), limit),
                 Check(f"{letter} latents {short}", plan, latent_gap(ran, released), limit),

@@ -63,6 +63,22 @@ class PeakMemory:
             self.mib = (_status_kib("VmHWM") - self.start) / 2**10
 
 
+def keep_freed_memory() -> bool:
+    """Makes malloc keep what is freed, up to 2 GiB; tells whether it does (glibc).
+
+    A trainer that repeats one iteration finds its pages again; plans that take turns would hand
+    them back and fault them in anew, the more the larger their batches (0.2 to 0.8 of 1.2 s).
+    """
+    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    # some versions let no block above 32 MiB stay on the heap
+    large = mallopt(mmap_threshold, most) or mallopt(mmap_threshold, 2**25)
+    return bool(large and mallopt(trim_threshold, most))
+
+
 def _reset_high_water_mark() -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)

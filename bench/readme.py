@@ -44,15 +44,21 @@ def tree_throughput(result: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            "    python bench/tree_throughput.py",
+            "    python bench/tree_throughput.py --plans all "
+            "--json bench/results/tree_throughput_cpu.json",
             "",
             f"Model {config['model']}, {config['prompts']} prompts x {config['leaves']} leaves, "
             f"{config['steps']} steps, {config['dtype']}, one thread. A/B is how many times faster "
-            "A is than B. `dance`, `flow`, `branch`, `branch_mix` are the released loops (batch 1, "
-            "one forward and backward per edge); `exact:` the same algorithm, same gradient, in "
-            "the engine: its own claim; `steel:` the released algorithm batched over all leaves, "
-            "without sharing or tape; `engine` the `branchcore` recipe, another estimator at equal "
-            "leaves: an algorithm + engine ratio, not one at equal gradient variance.",
+            "A is than B. Names without a prefix are the released loops at their own batch sizes, "
+            "with one update per iteration: at batch 1 `dance` (DanceGRPO), `branch`, `branch_mix` "
+            "(BranchGRPO), `mix`, `flash` (MixGRPO, its Flash), `g2rpo` (Granular-GRPO), in "
+            "micro-batches of 9 `flow` (Flow-GRPO) and `guard` (GRPO-Guard), `tempflow` "
+            "(TempFlow-GRPO) in batches of the children of a state; `tree` is TreeGRPO's algorithm "
+            "box, node by node. `exact:` is the same algorithm, same gradient, in the engine: its "
+            "own claim; `steel:` the released algorithm batched over all leaves, without sharing "
+            "or tape; `engine` the `branchcore` recipe, another estimator at equal leaves: an "
+            "algorithm + engine ratio, not one at equal gradient variance. `tempflow` and `g2rpo` "
+            "score leaves at every step of a trunk, so that no `engine` ratio is at equal leaves.",
             "",
             markdown(("A/B", "CPU seconds", "95 % CI", "wall"), ratios),
             "",

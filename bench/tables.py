@@ -28,8 +28,8 @@ def _text(value: Any) -> str:
     return " / ".join(map(str, value)) if isinstance(value, list) else f"{value:.1e}"
 
 
-def print_plans(plans: dict[str, Any], leaves: int, prompts: int) -> None:
-    print("| plan | CPU s | 95 % CI | wall s | leaves/CPU s | F / E / P / D |", end="")
+def print_plans(plans: dict[str, Any], prompts: int) -> None:
+    print("| plan | CPU s | 95 % CI | wall s | images/CPU s | F / E / P / D |", end="")
     print(f" {' / '.join(STAGES)} % | MiB |\n|---|--:|:-:|--:|--:|:-:|:-:|--:|")
     for name, plan in plans.items():
         star = "*" if plan["extrapolated"] else ""
@@ -40,7 +40,7 @@ def print_plans(plans: dict[str, Any], leaves: int, prompts: int) -> None:
         memory = "-" if plan["peak_mem"] is None else f"{plan['peak_mem']:.0f}"
         print(
             f"| {name}{star} | {plan['cpu_s']:.3f} | {low:.3f}-{high:.3f} | {plan['median_s']:.3f} "
-            f"| {leaves / plan['cpu_s']:.0f} | {work} | {share} | {memory} |"
+            f"| {plan['D'] / plan['cpu_s']:.0f} | {work} | {share} | {memory} |"
         )
     part = [p for p in plans.values() if p["extrapolated"]]
     if part:

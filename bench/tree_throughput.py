@@ -1,11 +1,13 @@
 """Time and work of the released execution plans and of the engine, on the same trees and noise.
 
     python bench/tree_throughput.py [--model auto] [--leaves 16] [--steps 10] [--prompts 16]
-        [--plans all] [--budget 110] [--json out.json] [--plot out.png] [--check-only]
+        [--plans core] [--budget 110] [--json out.json] [--plot out.png] [--check-only]
 
-Checks run first; a failed one ends the run with exit code 1 before anything is timed. Rounds are
-interleaved, a ratio is the median over rounds of paired times, its interval a bootstrap over
-rounds. On a CPU one thread is used and CPU seconds are the headline: neighbours move wall time.
+`core` plans are DanceGRPO, Flow-GRPO, BranchGRPO and branchcore's own recipe; `all` takes the other
+released loops too, and longer. Checks run first; a failed one ends the run with exit code 1 before
+anything is timed. Rounds are interleaved, a ratio is the median over rounds of paired times, its
+interval a bootstrap over rounds. On a CPU one thread is used and CPU seconds are the headline:
+neighbours move wall time.
 """
 
 from __future__ import annotations
@@ -18,50 +20,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from checks import run_checks
 from machine import facts, load_average
-from measure import PeakMemory, median_ci, pair_cost, paired_ratio
-from plans import BASES, PLANS
-from plans.task import STAGES, Clock
+from measure import PeakMemory, keep_freed_memory, pair_cost
+from plans import CORE, PLANS
+from plans.task import Clock
+from ratios import Sample, ratios, summary
 from tables import print_checks, print_plans, print_ratios
 from tqdm import tqdm
-from workload import FACTORS, MODELS, RECIPES, Workload, closed_form, workload
+from work import closed_form
+from workload import FACTORS, MODELS, RECIPES, Workload, recipe_options, workload
 
 ROUNDS = (3, 10)
 AIM = 8
 DEFAULT_PROMPTS = {"digits": 16, "tiny": 1}
-TARGETS = {
-    "exact:branch/branch": 2.5,
-    "engine/dance": 6.0,
-    "engine/branch": 6.0,
-    "engine/steel:dance": 2.5,
-}
-PAIRS = (
-    *(f"exact:{name}/{name}" for name in BASES),
-    *(f"engine/{name}" for name in BASES),
-    "engine/steel:dance",
-    "engine/steel:branch",
-    "exact:dance/steel:dance",
-    "exact:branch/steel:branch",
-)
+DEFAULT_BUDGET = {"core": 110.0, "all": 420.0}
 FOOTER = """
 predicted: forward = 1, forward + backward = {pair:.2f} (measured); the rest is batching and
 overhead. MiB: growth of the peak resident set within one iteration. exact:x/x is the same gradient.
-engine/x is another estimator, at equal leaves and not at equal gradient variance. Batch 1, as
-released, costs a small model mostly overhead; steel:x is the same loop batched."""
-
-
-class Sample:
-    """Seconds of one iteration: its stages, scaled to all prompts."""
-
-    def __init__(self, clock: Clock, scale: float) -> None:
-        # the optimizer steps once, however many prompts there are
-        factors = {stage: 1.0 if stage == "optimizer" else scale for stage in STAGES}
-        self.split = {stage: factors[stage] * clock.cpu[stage] for stage in STAGES}
-        self.cpu = sum(self.split.values())
-        self.wall = sum(factors[stage] * clock.wall[stage] for stage in STAGES)
+engine/x is another estimator, at equal leaves and not at equal gradient variance; tempflow and
+g2rpo score leaves at every step of a trunk, so that they have no equal. Batch 1, as released, costs
+a small model mostly overhead; steel:x is the same loop batched."""
 
 
 class Bench:
@@ -106,6 +86,10 @@ class Bench:
             else:
                 whole += time.perf_counter() - before
             bar.update()
+        # measuring memory handed free pages back, and no round is to fault them in again
+        large = [name for name in self.names if not PLANS[name].by_prompt]
+        if large:
+            self.run(max(large, key=lambda name: memory[name] or 0.0))
         left -= time.perf_counter() - start
         if by_prompt:
             fits = int((left / AIM - whole) / by_prompt)
@@ -133,6 +117,16 @@ class Bench:
                 break
         return samples
 
+    def summary(self, name: str, samples: list[Sample], memory: float | None) -> dict[str, Any]:
+        work = closed_form(name, self.load, self.task(name, self.prompts).plan(), self.prompts)
+        timed = self.timed[name]
+        return {
+            **summary(samples, work),
+            "peak_mem": memory,
+            "prompts_timed": timed,
+            "extrapolated": timed < self.prompts,
+        }
+
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -143,8 +137,9 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--leaves", type=int, default=16, help=f"per prompt: {known}")
     parser.add_argument("--steps", type=int, default=10, help="sampling steps")
     parser.add_argument("--prompts", type=int, help="prompts per iteration; default 16, tiny: 1")
-    parser.add_argument("--plans", default="all", help=f"all, or some of {','.join(PLANS)}")
-    parser.add_argument("--budget", type=float, default=110.0, help="seconds for everything")
+    parser.add_argument("--plans", default="core", help=f"core, all, or of {','.join(PLANS)}")
+    budgets = ", ".join(f"{name} {seconds:g}" for name, seconds in DEFAULT_BUDGET.items())
+    parser.add_argument("--budget", type=float, help=f"seconds for everything; default {budgets}")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument(
         "--plot",
@@ -153,7 +148,9 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--check-only", action="store_true", help="stop after the checks")
     chosen = parser.parse_args(arguments)
-    chosen.plans = list(PLANS) if chosen.plans == "all" else chosen.plans.split(",")
+    chosen.plans = list({"core": CORE, "all": PLANS}.get(chosen.plans, chosen.plans.split(",")))
+    if chosen.budget is None:
+        chosen.budget = DEFAULT_BUDGET["core" if set(chosen.plans) <= set(CORE) else "all"]
     unknown = [name for name in chosen.plans if name not in PLANS]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if unknown:
@@ -178,53 +175,6 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     return chosen
 
 
-def summary(
-    bench: Bench, samples: dict[str, list[Sample]], memory: dict[str, float | None]
-) -> dict[str, Any]:
-    plans: dict[str, Any] = {}
-    for name, rows in samples.items():
-        plan = bench.task(name, bench.prompts).plan()
-        cpu = [row.cpu for row in rows]
-        plans[name] = {
-            "median_s": float(np.median([row.wall for row in rows])),
-            "cpu_s": float(np.median(cpu)),
-            "ci95": median_ci(cpu),
-            **closed_form(name, bench.load, plan, bench.prompts)._asdict(),
-            "split": {s: float(np.median([row.split[s] for row in rows])) for s in STAGES},
-            "peak_mem": memory[name],
-            "prompts_timed": bench.timed[name],
-            "extrapolated": bench.timed[name] < bench.prompts,
-            "rounds_cpu_s": cpu,
-            "rounds_wall_s": [row.wall for row in rows],
-        }
-    return plans
-
-
-def ratios(plans: dict[str, Any], pair: float) -> dict[str, Any]:
-    """Returns "A/B": times B's time over A's, and what forwards and backwards alone predict."""
-    units = {n: _units(n, plans[n], pair) for n in plans}
-    found = {}
-    for name in PAIRS:
-        a, b = name.split("/")
-        if a in plans and b in plans:
-            cpu, ci95 = paired_ratio(plans[b]["rounds_cpu_s"], plans[a]["rounds_cpu_s"])
-            wall, _ = paired_ratio(plans[b]["rounds_wall_s"], plans[a]["rounds_wall_s"])
-            found[name] = {
-                "cpu": cpu,
-                "wall": wall,
-                "ci95": ci95,
-                "predicted": units[b] / units[a],
-                "target": TARGETS.get(name),
-            }
-    return found
-
-
-def _units(name: str, plan: dict[str, Any], pair: float) -> float:
-    if PLANS[name].tape:
-        return plan["F"] + (pair - 1.0) * plan["P"]
-    return plan["F"] + pair * plan["E"]
-
-
 def time_plans(chosen: argparse.Namespace, start: float, result: dict[str, Any]) -> None:
     """Times all plans within the budget, prints the tables and fills in the result."""
     load: Workload = chosen.load
@@ -234,12 +184,12 @@ def time_plans(chosen: argparse.Namespace, start: float, result: dict[str, Any])
     with tqdm(total=len(chosen.plans) * (1 + ROUNDS[0]), unit="run", leave=False) as bar:
         memory = bench.warm_up(bar, end - time.perf_counter())
         samples = bench.rounds(bar, end)
-    plans = summary(bench, samples, memory)
+    plans = {name: bench.summary(name, samples[name], memory[name]) for name in chosen.plans}
     found = ratios(plans, pair)
     rounds = len(next(iter(samples.values())))
     result["config"] |= {"rounds": rounds, "pair_over_forward": pair}
     result |= {"plans": plans, "ratios": found}
-    print_plans(plans, load.leaves * chosen.prompts, chosen.prompts)
+    print_plans(plans, chosen.prompts)
     print_ratios(found)
     print(FOOTER.format(pair=pair))
 
@@ -250,6 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     load: Workload = chosen.load
     if load.device.type == "cpu":
         torch.set_num_threads(1)
+        keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     meta = facts(load.device)
     checks = run_checks(load, chosen.plans)
@@ -267,6 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
             "prompts": chosen.prompts,
             "plans": chosen.plans,
             "recipes": RECIPES,
+            "options": recipe_options(load.leaves, load.steps),
             "budget_s": chosen.budget,
             "device": str(load.device),
             "dtype": "float32",

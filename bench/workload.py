@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from plans import RECIPES
 from plans.task import Task
 from torch import Tensor
 
-from branchcore import Plan, recipes, schedule
+from branchcore import recipes, schedule
 from branchcore.model import Model
 from branchcore.models.digits import COMPONENT_WEIGHTS, PROMPTS, DigitsReward, load_digits_model
 from branchcore.models.digits.model import build_transformer, transformer_velocity
@@ -26,6 +25,15 @@ MODELS = ("auto", "digits", "tiny")
 ETA = {"engine": 0.7}
 RELEASED_ETA = 0.3
 SHIFT = 3.0
+WINDOW, FLASH_RATIO = 4, 0.6
+"""MixGRPO's window, also that of its T = 10; Flash's published 0.4 of 25 steps would leave no
+second-order step of 10."""
+TREE_START = 1
+"""First step of TreeGRPO's window; the mean of its law is 0.945."""
+TRUNKS = {12: 2, 16: 4, 24: 4, 81: 9}
+"""TempFlow's seeds per number of leaves; the release has 4, of 6 children each."""
+STRIDES = (1, 2)
+ENGINE_TAIL = 0.4
 
 Reward = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
 
@@ -79,19 +87,6 @@ def linear_reward(images: Tensor, _prompts: Sequence[str]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     pattern = torch.randn(images.shape[1:], generator=generator).to(images)
     return {"reward": (images * pattern).mean((1, 2))}
-
-
-class FixedReward:
-    """Hands out the same rewards to the same leaves, in the plan's leaf order, whatever they show.
-
-    For checks in float32: a z-score would magnify the rounding of the latents it is made from.
-    """
-
-    def __init__(self) -> None:
-        self.rng = np.random.default_rng(1)
-
-    def __call__(self, images: Tensor, _prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {"reward": torch.from_numpy(self.rng.random(len(images))).to(images)}
 
 
 def digits_reward(device: torch.device) -> Reward:
@@ -150,6 +145,31 @@ class Workload(NamedTuple):
         )
 
 
+def window_start(steps: int) -> int:
+    """Returns where MixGRPO's window stands, at 5.5 of 25 on the mean of its 300 iterations."""
+    return steps // 5
+
+
+def recipe_options(leaves: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Returns the options of every plan's recipe, all of one update and without a KL."""
+    factors, trunks = FACTORS[leaves], TRUNKS[leaves]
+    tree = {"splits": scaled_splits("dense", steps, len(factors)), "branching": factors}
+    window = {"group": leaves, "window": WINDOW, "start": window_start(steps)}
+    return {
+        "dance": {"group": leaves, "eta": RELEASED_ETA},
+        "flow": {"group": leaves, "kl": 0.0},
+        "branch": {**tree, "eta": RELEASED_ETA},
+        "branch_mix": {**tree, "eta": RELEASED_ETA},
+        "mix": window,
+        "flash": {**window, "ratio": FLASH_RATIO, "shift": SHIFT},
+        "tree": {"branching": factors, "start": TREE_START},
+        "tempflow": {"trunks": trunks, "children": leaves // trunks, "kl": 0.0},
+        "g2rpo": {"group": leaves, "strides": STRIDES},
+        "guard": {"group": leaves, "kl": 0.0},
+        "engine": {**tree, "eta": ETA["engine"], "tail": ENGINE_TAIL},
+    }
+
+
 def workload(model_name: str, leaves: int, steps: int, device: torch.device) -> Workload:
     """Builds the recipes of all plans.
 
@@ -161,60 +181,10 @@ def workload(model_name: str, leaves: int, steps: int, device: torch.device) -> 
     if leaves not in FACTORS:
         known = ", ".join(map(str, FACTORS))
         raise ValueError(f"--leaves must be one of {known}, got {leaves}")
-    factors = FACTORS[leaves]
-    splits = scaled_splits("dense", steps, len(factors))
+    splits = scaled_splits("dense", steps, len(FACTORS[leaves]))
     if len(set(splits)) < len(splits) or steps < 7:
         raise ValueError(f"--steps must be at least 7, for distinct splits, got {steps}")
-    sigmas = schedule.shifted_linear(steps, SHIFT)
-    tree = {"splits": splits, "branching": factors}
-    options = {
-        "dance": {"group": leaves, "eta": RELEASED_ETA},
-        "flow": {"group": leaves, "kl": 0.0},
-        "branch": {**tree, "eta": RELEASED_ETA},
-        "branch_mix": {**tree, "eta": RELEASED_ETA},
-        "engine": {**tree, "eta": ETA["engine"]},
-    }
+    sigmas, options = schedule.shifted_linear(steps, SHIFT), recipe_options(leaves, steps)
     built = {name: recipes.build(RECIPES[name], sigmas, **options[name]) for name in RECIPES}
     name = "digits" if model_name == "auto" else model_name
     return Workload(name, leaves, steps, splits, device, built)
-
-
-class Work(NamedTuple):
-    """Per iteration: model rows of the rollout, trained edges, distinct trained states, decodes."""
-
-    F: int
-    E: int
-    P: int
-    D: int
-
-
-def closed_form(name: str, load: Workload, plan: Plan, prompts: int) -> Work:
-    """Returns the work of a plan by counting rules that look at (N, T) only.
-
-    `dance` draws its trained steps, so that only its shared root needs the draw itself: of the
-    chains that train step 0, sharing leaves one state per prompt.
-    """
-    N, T = load.leaves, load.steps
-    factors = dict(zip(load.splits, FACTORS[N], strict=True))
-    nodes = [1]
-    for i in range(T):
-        nodes.append(nodes[-1] * factors.get(i, 1))
-    tree = sum(nodes[:T])
-    base = name.removeprefix("exact:").removeprefix("steel:")
-    engine = name.startswith("exact:") or name == "engine"
-    if base == "dance":
-        drawn = int(N * prompts * int(0.6 * (T - 1)))
-        at_root = plan.train & (plan.depth == 1)
-        first = np.bincount(plan.prompt[at_root], minlength=prompts)
-        forwards = prompts * (1 + N * (T - 1) if engine else N * T)
-        return Work(forwards, drawn, drawn - int(np.maximum(first - 1, 0).sum()), prompts * N)
-    if base == "flow":
-        return Work(*(prompts * x for x in (N * T, N * (T - 1), N * (T - 1), N)))
-    sde = {
-        # released: the dead edges of depth T too
-        "branch": range(T) if name == "branch" else range(T - 1),
-        "branch_mix": [i for i in range(T - 1) if i < 4 or i in factors],
-        "engine": list(factors),
-    }[base]
-    edges, parents = sum(nodes[i + 1] for i in sde), sum(nodes[i] for i in sde)
-    return Work(*(prompts * x for x in (tree, edges, parents, N)))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -214,6 +215,26 @@ def test_the_bootstrap_covers_a_known_median():
         low, high = measure.median_ci(rng.lognormal(size=40))
         hits += low <= 1.0 <= high
     assert 180 <= hits <= 200
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident set from /proc")
+def test_memory_that_is_freed_stays_and_is_handed_back_before_a_measurement():
+    """In a process of its own: 64 MiB freed, resident after, gone at the next measurement."""
+    code = """
+import measure, torch
+kept = measure.keep_freed_memory()
+before = measure._status_kib("VmRSS")
+torch.ones(16, 2**20)
+after = measure._status_kib("VmRSS")
+with measure.PeakMemory(torch.device("cpu")) as peak:
+    low = measure._status_kib("VmRSS")
+    torch.ones(4, 2**20)
+print(kept, after - before >= 2**16, low - before < 2**15, 16 <= peak.mib < 32)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True)
+    if done.stdout.startswith("False"):
+        pytest.skip("this libc has no mallopt")
+    assert done.stdout.split() == ["True"] * 4, done.stdout + done.stderr
 
 
 def test_rounds_must_pair_up():

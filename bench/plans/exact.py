@@ -40,10 +40,11 @@ def exact(
         images = task.model.decode(forest.leaves.view(-1, *task.view.latent_shape))
     with clock("reward"):
         texts = [task.prompts[p] for p in plan.prompt[plan.leaf]]
-        scores = branchcore.score(task.reward, images, texts)
+        scores = branchcore.score(task.reward, images, texts).values
     with clock("advantage"):
+        scores = scores if task.rewards is None else task.rewards[:, None]
         log_prob = forest.log_prob.double().cpu().numpy()
-        credit = recipe.credit(plan, scores.values, np.ones(1), log_prob)
+        credit = recipe.credit(plan, scores, np.ones(1), log_prob)
         advantage = credit.advantage
         weight = recipe.prune(plan, credit.value, ITERATION)
     with clock("train"):

@@ -71,8 +71,16 @@ class Task:
     eta: float
     optimizer: torch.optim.Optimizer | None = None
     """None = leave the gradient where it is (checks)."""
+    rewards: np.ndarray | None = None
+    """(L,) by leaf of the plan, in the place of what the reward says (checks in float32: a z-score
+    would magnify the rounding of the latents that it is made from)."""
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def sigmas(self) -> list[float]:
+        """(T + 1,) the schedule, of which a tree may use a part."""
+        return self.recipe.options["sigmas"]
 
     @property
     def uids(self) -> list[int]:
@@ -95,16 +103,27 @@ class Task:
 
     def velocity(self, plan: Plan, rows: np.ndarray, x: Tensor) -> Tensor:
         """Calls the model at x (n, *latent_shape), the states of rows."""
-        sigma = torch.tensor(plan.sigma[rows], dtype=self.dtype, device=self.device)
-        prompt = torch.tensor(plan.prompt[rows], dtype=torch.int64, device=self.device)
-        return self.view.velocity(x, sigma, prompt)
+        return self.velocity_at(plan.sigma[rows], plan.prompt[rows], x)
+
+    def velocity_at(self, sigma: np.ndarray, prompt: np.ndarray, x: Tensor) -> Tensor:
+        """Calls the model at x (n, *latent_shape), whatever a plan says."""
+        levels = torch.tensor(sigma, dtype=self.dtype, device=self.device)
+        index = torch.tensor(prompt, dtype=torch.int64, device=self.device)
+        return self.view.velocity(x, levels, index)
 
     def score(self, clock: Clock, plan: Plan, rows: np.ndarray, x: Tensor) -> Tensor:
         """Decodes and scores leaves in one batch, (n,) rewards."""
+        found = self.judge(clock, plan.prompt[rows], x)
+        if self.rewards is None:
+            return found
+        return torch.from_numpy(self.rewards[np.cumsum(plan.leaf)[rows] - 1]).to(found)
+
+    def judge(self, clock: Clock, prompt: np.ndarray, x: Tensor) -> Tensor:
+        """Decodes and scores states in one batch, (n,) rewards."""
         with clock("decode"), torch.no_grad():
             images = self.model.decode(x)
         with clock("reward"), torch.no_grad():
-            return self.reward(images, [self.prompts[p] for p in plan.prompt[rows]])["reward"]
+            return self.reward(images, [self.prompts[p] for p in prompt])["reward"]
 
     def step(self, clock: Clock) -> None:
         """Ends an iteration: one clipped optimizer step, as every plan takes here."""
