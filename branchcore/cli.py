@@ -25,7 +25,7 @@ from branchcore.trainer import Metrics, Trainer
 from branchcore.trainer_config import TrainerConfig
 
 TASKS = {"digits": ("branchcore.models.digits.task", "DigitsTask")}
-_ERRORS = (ValueError, TypeError, RuntimeError, FloatingPointError, OSError)
+_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, OSError)
 _log = logging.getLogger("branchcore")
 
 
@@ -44,8 +44,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="branchcore", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    _train_options(commands.add_parser("train", help="train a model with a recipe"))
+    _sample_options(commands.add_parser("sample", help="sample images"))
+    _plan_options(commands.add_parser("plan", help="show a recipe's tree and what it costs"))
+    kernels = commands.add_parser("explain", help="which kernels run here, and why")
+    kernels.set_defaults(run=_explain)
+    for command in commands.choices.values():
+        command.add_argument("--threads", type=int, default=1, help="CPU threads")
+    return parser
 
-    train = commands.add_parser("train", help="train a model with a recipe")
+
+def _train_options(train: argparse.ArgumentParser) -> None:
     train.add_argument("--recipe", default="branch_mix", help=", ".join(recipes.RECIPES))
     train.add_argument("--model", default="digits", help=", ".join(TASKS))
     train.add_argument("--out", type=Path, required=True, help="folder of the run")
@@ -61,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
-    sample = commands.add_parser("sample", help="sample images with held-out or seeded noise")
+
+def _sample_options(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("--model", default="digits", help=", ".join(TASKS))
     sample.add_argument("--weights", type=Path, help="run folder, checkpoint or safetensors file")
     sample.add_argument("--prompt", action="append", help="repeatable; default: a fixed choice")
@@ -70,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, help="PNG to write")
     sample.set_defaults(run=_sample)
 
-    plan = commands.add_parser("plan", help="show a recipe's tree and what it costs")
+
+def _plan_options(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("recipe", help=", ".join(recipes.RECIPES))
     plan.add_argument("--preset", help="a published configuration, e.g. flux or sd3.5-m")
     plan.add_argument("--steps", type=int, help="sampling steps T (10)")
@@ -83,12 +94,6 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the recipe"
     )
     plan.set_defaults(run=_plan)
-
-    kernels = commands.add_parser("explain", help="which kernels run here, and why")
-    kernels.set_defaults(run=_explain)
-    for command in commands.choices.values():
-        command.add_argument("--threads", type=int, default=1, help="CPU threads")
-    return parser
 
 
 def _explain(_args: argparse.Namespace) -> None:
@@ -106,12 +111,15 @@ def _plan(args: argparse.Namespace) -> None:
         both = [f"--{name}" for name, value in given.items() if value is not None]
         if both:
             raise ValueError(f"--preset must come with its own schedule, got {both} too")
-        sigmas, options = preset.sigmas, {**preset.options, **options}
+        sigmas, published = preset.sigmas, dict(preset.options)
         print(f"{args.preset}: {preset.source}\ntrainer {dict(preset.trainer)}")
     else:
-        sigmas = shifted_linear(args.steps or 10, 3.0 if args.shift is None else args.shift)
+        steps = 10 if args.steps is None else args.steps
+        sigmas = shifted_linear(steps, 3.0 if args.shift is None else args.shift)
+        published = {}
     if args.leaves is not None:
-        options = recipes.leaf_options(tuple(known), args.leaves, len(sigmas) - 1) | options
+        published |= recipes.leaf_options(tuple(known), args.leaves, len(sigmas) - 1)
+    options = published | options
     recipe = recipes.build(args.recipe, sigmas, **options)
     print(f"{args.recipe}, T = {len(sigmas) - 1}, {options or 'defaults'}\n")
     where = {"seed": args.seed, "iteration": args.iteration, "uid": args.prompt}

@@ -123,7 +123,7 @@ def _checked_spread(spread: Floats, like: Floats) -> Floats:
 
 
 def relative(values_nR: Floats, group_n: Ints) -> Floats:
-    """Returns values minus the first of their group: what is constant becomes exactly 0.
+    """Returns values minus the first of their group: what is equal but for rounding becomes 0.
 
     Advantages do not change, but sums over rewards and means over leaves no longer turn a constant
     reward into rounding errors.
@@ -133,7 +133,10 @@ def relative(values_nR: Floats, group_n: Ints) -> Floats:
         group_n: (n,) group numbers.
     """
     first, group = np.unique(group_n, return_index=True, return_inverse=True)[1:]
-    return values_nR - values_nR[first][group.reshape(-1)]
+    start = values_nR[first][group.reshape(-1)]
+    difference = values_nR - start
+    size = np.maximum(np.abs(values_nR), np.abs(start))
+    return np.where(np.abs(difference) > _ROUNDING * size, difference, 0.0)
 
 
 def lift(plan: Plan, leaf_values_LR: Floats, weight_M: Floats | None = None) -> Floats:

@@ -98,7 +98,7 @@ def gradient(
         update: which of the plan's updates.
         anchor: v_old of nodes that are not on the tape: "detach" takes the new velocity itself
             (ratio exactly 1; right before any update), "rollout" the stored one; "auto" is detach
-            for update 0 and rollout later. Objectives against the reference policy ignore it.
+            for update 0 and rollout later. Objectives without an old policy ignore it.
         max_batch: parents of a model call at most.
         num_planned: the normaliser; None = planned trained edges of this update in this plan.
             Over several rounds or ranks: their sum.
@@ -107,7 +107,7 @@ def gradient(
         Statistics on the device; reading them is the caller's sync.
     """
     plan = forest.plan
-    if objective.anchor == "reference":
+    if objective.anchor != "policy":
         anchor = "detach"
     elif anchor == "auto":
         anchor = "detach" if update == 0 else "rollout"

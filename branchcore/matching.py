@@ -20,7 +20,7 @@ from torch import Tensor
 
 from branchcore import ops
 from branchcore.credit import Floats
-from branchcore.objective import Edges, Objective, plain_statistics
+from branchcore.objective import Edges, Objective, check_clip, plain_statistics
 from branchcore.plan import Ints, Plan
 from branchcore.reference import RatioLoss
 from branchcore.reference.edges import wide
@@ -93,6 +93,7 @@ class AdvantageMatching(Matching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_clip("AdvantageMatching", self.clip)
         if self.weighting not in ("uniform", "t", "t2", "ghuber"):
             raise ValueError(
                 "AdvantageMatching: weighting must be uniform, t, t2 or ghuber, got "
@@ -145,11 +146,15 @@ class ContrastiveMatching(Matching):
     """How far the two contrasted policies are from the old one; 1, or 0.1 for several rewards."""
     advantage_max: float = 5.0
     """A_max: advantages are clipped to it before."""
-    silent: ClassVar[bool] = False
+
+    @property
+    def silent(self) -> bool:
+        """Away from the old policy an advantage of 0 still contrasts."""
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.beta > 0.0 and self.advantage_max > 0.0):
+        if not (0.0 < self.beta < math.inf and 0.0 < self.advantage_max < math.inf):
             raise ValueError(
                 "ContrastiveMatching: beta and advantage_max must be positive, got "
                 f"{self.beta} and {self.advantage_max}"
@@ -187,7 +192,7 @@ class Preference(Matching):
     """Inverse temperature of the group's sum."""
     groups: tuple[str, ...] = ("prompt", "label")
     """Columns of the plan whose edges share a term: they have the same time and noise."""
-    anchor: ClassVar[Literal["policy", "reference"]] = "reference"
+    anchor: ClassVar[Literal["policy", "reference", "none"]] = "reference"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,7 +200,7 @@ class Preference(Matching):
             raise ValueError(f"Preference: beta must be positive, got {self.beta}")
 
     @property
-    def together(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def together(self) -> tuple[str, ...]:
         """The groups that share a term."""
         return self.groups
 
@@ -211,8 +216,7 @@ class Preference(Matching):
         p_E, q_E, *_ = self.misses(v_ND, v_old_ND, edges)
         plus, minus = edges.advantage.unbind(1)
         gain_E = (plus - minus) * (q_E - 2.0 * p_E).double()
-        num_groups = len(edges.group) and int(edges.numbers.shape[0])
-        total = gain_E.new_zeros(num_groups).index_add(0, edges.group, gain_E)
+        total = torch.zeros_like(gain_E).index_add(0, edges.group, gain_E)
         share_E = edges.weight * edges.numbers[:, 0]
         loss = share_E * torch.nn.functional.softplus(self.beta * total)[edges.group]
         value = loss.sum().to(p_E.dtype)
@@ -225,6 +229,8 @@ class RewardWeighted(Matching):
 
     Source: arXiv 2501.13918, sec. 4.
     """
+
+    anchor: ClassVar[Literal["policy", "reference", "none"]] = "none"
 
     def numbers(self, plan: Plan, edges: Ints) -> Floats:
         """Returns (E, 0)."""

@@ -44,6 +44,9 @@ def host_generator(
 
     Source: numpy's Philox4x64-10; its stream is unrelated to the latents' Philox4x32-10.
     """
+    for name, word in (("seed", seed), ("iteration", iteration), ("uid", uid)):
+        if not 0 <= word < 2**32:
+            raise ValueError(f"host_generator: {name} must be in [0, 2**32), got {word}")
     return np.random.Generator(
         np.random.Philox(key=[seed, iteration], counter=[0, purpose, 0, uid])
     )

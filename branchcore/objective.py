@@ -47,6 +47,12 @@ class Edges(NamedTuple):
     """(E,) int64 group of every edge, from 0 without gaps, if the objective keeps groups."""
 
 
+def check_clip(name: str, clip: tuple[float, float]) -> None:
+    """Raises ValueError unless a clip range is two positive distances from 1."""
+    if len(clip) != 2 or not all(c > 0.0 for c in clip):
+        raise ValueError(f"{name}: clip must be two positive numbers, got {clip}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
     """What is minimised: a loss per trained edge plus a KL to the reference policy."""
@@ -56,17 +62,20 @@ class Objective(ABC):
     kl_form: Literal["gaussian", "flow_grpo", "velocity"] = "gaussian"
     """gaussian: b^2/(2 s^2) q, the KL of the two steps per latent element; flow_grpo: that times
     dt, as its released code divides by g^2; velocity: q itself."""
-    clip: tuple[float, float] = INFINITE
-    """Ratio is clipped to [1 - low, 1 + high]."""
-
     matching: ClassVar[bool] = False
     """Trained edges are re-noised states (b = 0), about their own node, not sampling steps."""
-    anchor: ClassVar[Literal["policy", "reference"]] = "policy"
-    """What v_old is: the policy that sampled, or the frozen reference."""
-    silent: ClassVar[bool] = True
-    """Edges of zero advantage have no gradient (but for the KL), so that nobody forwards them."""
-    together: ClassVar[tuple[str, ...]] = ()
-    """Columns of the plan whose groups must be in one micro-batch; () = edges are independent."""
+    anchor: ClassVar[Literal["policy", "reference", "none"]] = "policy"
+    """What v_old is: the policy that sampled, the frozen reference, or of no account."""
+
+    @property
+    def silent(self) -> bool:
+        """Edges of zero advantage have no gradient (but for the KL): nobody forwards them."""
+        return True
+
+    @property
+    def together(self) -> tuple[str, ...]:
+        """Columns of the plan whose groups must be in one micro-batch; () = none need."""
+        return ()
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -74,8 +83,6 @@ class Objective(ABC):
             raise ValueError(
                 f"{name}: kl_form must be gaussian, flow_grpo or velocity, got {self.kl_form!r}"
             )
-        if len(self.clip) != 2 or not all(c > 0.0 for c in self.clip):
-            raise ValueError(f"{name}: clip must be two positive numbers, got {self.clip}")
         if not (self.kl >= 0.0 and math.isfinite(self.kl)):
             raise ValueError(f"{name}: kl must be finite and >= 0, got {self.kl}")
 
@@ -118,6 +125,7 @@ class ClippedRatio(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_clip("ClippedRatio", self.clip)
         if self.ratio not in ("gaussian", "guard", "cps"):
             raise ValueError(
                 f"ClippedRatio: ratio must be gaussian, guard or cps, got {self.ratio!r}"
@@ -127,6 +135,11 @@ class ClippedRatio(Objective):
                 f"ClippedRatio: log_ratio_penalty must be finite and >= 0, got "
                 f"{self.log_ratio_penalty}"
             )
+
+    @property
+    def silent(self) -> bool:
+        """The penalty acts on edges of zero advantage too."""
+        return self.log_ratio_penalty == 0.0
 
     def exponent(self, row_E4: Floats) -> Floats:
         """Returns (E, 2) float64 (lin, quad) of the log ratio `lin p - quad q`."""

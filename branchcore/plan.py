@@ -36,7 +36,7 @@ _DTYPES = {
 
 
 class Counts(NamedTuple):
-    """Work of a plan, over all its prompts (PERFORMANCE's F, E, P, D)."""
+    """Work of a plan, over all its prompts (F, E, P, D)."""
 
     forwards: int
     trained_edges: int

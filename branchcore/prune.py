@@ -211,6 +211,17 @@ def pack_parents(
     return batches
 
 
+def check_groups(plan: Plan, together: Sequence[str], max_batch: int | None) -> None:
+    """Raises ValueError unless max_batch holds every group of edges that must stay whole."""
+    if together and max_batch is not None:
+        largest = int(np.bincount(plan.group(together)[plan.trained()]).max(initial=0))
+        if largest > max_batch:
+            raise ValueError(
+                f"collect: max_batch must hold a whole group of {largest}, got {max_batch}; the "
+                f"objective couples all edges of equal {' and '.join(together)}"
+            )
+
+
 def _whole_groups(nodes: Ints, group: Ints, max_batch: int | None) -> list[Ints]:
     """Fills chunks of at most max_batch with whole groups, in order."""
     chunks: list[Ints] = []

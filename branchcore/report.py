@@ -28,28 +28,60 @@ class Tape(NamedTuple):
     """All trained parents, once per update that has an edge of theirs."""
 
 
-def tape_of(plan: Plan) -> Tape:
-    """Returns what an unlimited tape covers."""
+def tape_of(recipe: Recipe, plan: Plan) -> Tape:
+    """Returns what an unlimited tape covers: nothing where another policy samples."""
     first = np.unique(plan.action[plan.trained(0)])
-    return Tape(int(plan.evaluated[first].sum()), plan.counts().trained_parents)
+    covered = 0 if recipe.sampler_decay is not None else int(plan.evaluated[first].sum())
+    return Tape(covered, plan.counts().trained_parents)
 
 
-def shared_work(plan: Plan) -> float:
-    """Returns forwards of one iteration in the engine, with an unlimited tape."""
-    tape = tape_of(plan)
-    return plan.counts().forwards + BACKWARD * tape.parents + (tape.parents - tape.covered)
+def other_forwards(recipe: Recipe, plan: Plan, trained: int) -> int:
+    """Returns forwards without a gradient beside the rollout's own.
+
+    They are the reference policy's, one per trained pass where there is a KL or a preference, and
+    the old policy's at re-noised states of whom a later update asks.
+
+    Args:
+        recipe: its objective says which.
+        plan: the trees.
+        trained: passes with a gradient, parents or edges.
+    """
+    objective = recipe.objective
+    against = objective.kl > 0.0 or objective.anchor == "reference"
+    asked = plan.train & plan.matching & ((plan.update > 0) | (recipe.sampler_decay is not None))
+    old = int(asked.sum()) if objective.anchor == "policy" else 0
+    return old + (trained if against else 0)
 
 
-def chain_work(counts: Counts) -> float:
-    """Returns forwards of one iteration with one forward and backward per trained edge."""
-    return counts.forwards + (1.0 + BACKWARD) * counts.trained_edges
+class Work(NamedTuple):
+    """One iteration's model passes, and what they come to in forwards."""
+
+    counts: Counts
+    others: int
+    units: float
 
 
-def _line(name: str, counts: Counts, work: float, unit: float) -> str:
-    forwards, edges, parents, leaves = counts
-    return (
-        f"{name:<38}{forwards:>8}{edges:>8}{parents:>8}{leaves:>8}{work:>10.0f}{work / unit:>9.2f}"
-    )
+def shared_work(recipe: Recipe, plan: Plan) -> Work:
+    """Returns the work of the engine with an unlimited tape."""
+    counts, tape = plan.counts(), tape_of(recipe, plan)
+    others = other_forwards(recipe, plan, tape.parents)
+    training = BACKWARD * tape.parents + (tape.parents - tape.covered)
+    return Work(counts, others, counts.forwards + others + training)
+
+
+def chain_work(recipe: Recipe, plan: Plan) -> Work:
+    """Returns the work of chains that share nothing, a forward and backward per trained edge."""
+    chains = unshare(plan).plan
+    counts = chains.counts()
+    others = other_forwards(recipe, chains, counts.trained_edges)
+    return Work(counts, others, counts.forwards + others + (1 + BACKWARD) * counts.trained_edges)
+
+
+def _line(name: str, work: Work, unit: float) -> str:
+    forwards, edges, parents, leaves = work.counts
+    columns = (forwards, edges, parents, leaves, work.others)
+    numbers = "".join(f"{value:>8}" for value in columns)
+    return f"{name:<28}{numbers}{work.units:>9.0f}{work.units / unit:>8.2f}"
 
 
 def plan_report(
@@ -64,25 +96,24 @@ def plan_report(
         iteration: of the run.
         uid: of the prompt.
     """
-    plan = recipe.plan([uid], seed=seed, iteration=iteration)
-    counts, tape, work = plan.counts(), tape_of(plan), shared_work(plan)
-    chains = unshare(plan).plan.counts()
+    where = {"seed": seed, "iteration": iteration}
+    plan = recipe.plan([uid], **where)
+    tape, work = tape_of(recipe, plan), shared_work(recipe, plan)
     lines = [
         draw(plan),
         "",
-        f"{'per prompt':<38}{'F':>8}{'E':>8}{'P':>8}{'D':>8}{'work':>10}{'ratio':>9}",
-        _line(recipe.name, counts, work, work),
-        _line("  as independent chains", chains, chain_work(chains), work),
+        f"{'per prompt':<28}{'F':>8}{'E':>8}{'P':>8}{'D':>8}{'other':>8}{'work':>9}{'ratio':>8}",
+        _line(recipe.name, work, work.units),
+        _line("  as independent chains", chain_work(recipe, plan), work.units),
     ]
-    for name in ("flow_grpo", "dance_grpo"):
-        if counts.decodes < 2:
-            continue
-        other = recipes.build(name, sigmas, group=counts.decodes)
-        peer = other.plan([uid], seed=seed, iteration=iteration)
-        single = unshare(peer).plan.counts()
+    leaves, steps = work.counts.decodes, len(sigmas) - 2
+    peers = {"flow_grpo": {}, "dance_grpo": {"fraction": max(0.6, 1.0 / steps)}}
+    for name, options in peers.items():
+        peer = recipes.build(name, sigmas, group=leaves, **options)
+        other = peer.plan([uid], **where)
         lines += [
-            _line(f"{name}, {counts.decodes} leaves", peer.counts(), shared_work(peer), work),
-            _line("  as independent chains", single, chain_work(single), work),
+            _line(f"{name}, {leaves} leaves", shared_work(peer, other), work.units),
+            _line("  as independent chains", chain_work(peer, other), work.units),
         ]
     later = tape.parents - tape.covered
     rest = f"; {later} need a training forward of their own" if later else ""
@@ -90,9 +121,10 @@ def plan_report(
         [
             *lines,
             "",
-            "F forwards, E trained edges, P trained parents, D decoded leaves; work = F + "
-            f"{BACKWARD:g} per backward + 1 per",
-            "training forward (chains: one of each per edge); ratio = times the work of this plan.",
+            "F forwards of the rollout, E trained edges, P trained parents, D decoded leaves,",
+            "other = forwards of the reference (KL, preferences) and of old policies; work = F +",
+            f"other + {BACKWARD:g} per backward + 1 per training forward; ratio: to this plan's.",
+            "Chains share nothing, pay one forward and backward per edge, and have no tape.",
             f"The tape covers {tape.covered} of {tape.parents} trained parents in "
             f"{recipe.updates} update(s){rest}.",
         ]

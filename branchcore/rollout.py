@@ -49,7 +49,7 @@ def rollout(
             is then this one. The first in plan order.
         max_batch: rows of a model call at most; None = a whole wave.
         keep_velocity: store the velocities of trained nodes as v_old; None = if the plan has later
-            updates, which need them.
+            updates, which need them: re-noised states of later updates are then evaluated too.
         given: (num_prompts, n, D) states of `Tree.given` roots; a root takes the row that its
             stream names, so that sharing and dead roots do not move it.
         dtype: of the states; float32 (bf16 rounding would move the ratio), or float64 in tests.
@@ -67,13 +67,14 @@ def rollout(
         raise TypeError(f"rollout: dtype must be float32 or float64, got {dtype}")
     if tape < 0:
         raise ValueError(f"rollout: tape must be >= 0 nodes, got {tape}")
+    read_later = np.flatnonzero(plan.train & ((plan.update > 0) | bool(keep_velocity)))
     keep_velocity = plan.num_updates > 1 if keep_velocity is None else keep_velocity
     trained = plan.action[plan.trained(0)]
     on_tape = np.zeros(len(plan), dtype=bool)
     on_tape[np.unique(trained[plan.evaluated[trained]])[:tape]] = True
     evaluated = plan.evaluated.copy()
     if keep_velocity:
-        evaluated[plan.action[plan.trained()]] = True
+        evaluated[plan.action[read_later]] = True
     waves = _waves(plan, evaluated, on_tape, max_batch, device)
     noise = edge_noise(plan, uids, seed, iteration, device)
     run = _Run(plan, model, noise, keep_velocity, dtype, device)

@@ -7,10 +7,16 @@ Source: SFPO, arXiv 2510.04072.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from branchcore.matching import AdvantageMatching
+from branchcore.objective import ClippedRatio
+from branchcore.recipes.recipe import Recipe
+from branchcore.trainer_config import TrainerConfig
 
 
 class FastPath:
@@ -54,3 +60,18 @@ def _between(now: Tensor, start: Tensor, share: float) -> None:
     """Sets now to start + share (now - start), exactly at both ends."""
     if share < 1.0:
         now.copy_(start if share == 0.0 else start + share * (now - start))
+
+
+def check_fast_steps(config: TrainerConfig, recipe: Recipe) -> None:
+    """Raises ValueError unless SFPO's settings suit the recipe."""
+    measured = isinstance(recipe.objective, (ClippedRatio, AdvantageMatching))
+    if config.fast_limit < math.inf and not (config.fast_steps > 1 and measured):
+        raise ValueError(
+            "Trainer: fast_limit must be inf unless at least 2 fast_steps measure a ratio, got "
+            f"{config.fast_limit} with {config.fast_steps} of {type(recipe.objective).__name__}"
+        )
+    if config.fast_steps and recipe.updates > 1:
+        raise ValueError(
+            f"Trainer: fast_steps must be 0 with several updates, got {config.fast_steps} and "
+            f"{recipe.updates} updates"
+        )

@@ -19,6 +19,7 @@ from branchcore.model import Model, VelocityModel
 from branchcore.noise import host_generator
 from branchcore.objective import ClippedRatio
 from branchcore.plan import Ints, Plan
+from branchcore.prune import check_groups
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward, Scores, component_weights, score
 from branchcore.rollout import rollout
@@ -86,13 +87,14 @@ def collect(
         reward_weights: per component; None = 1 each.
         tape: trained nodes that keep their graph; None = all.
         max_batch: rows per model call, and leaves per decode; None = all at once.
-        keep_velocity: as in `rollout`.
+        keep_velocity: as in `rollout`; never where the objective has no old policy.
         device: where the model lives.
 
     Raises:
         RuntimeError, ValueError, TypeError: the reward failed.
         FloatingPointError: the model returned NaN or Inf.
     """
+    check_groups(plan, recipe.objective.together, max_batch)
     view = model.with_prompts(prompts)
     forest = rollout(
         plan,
@@ -102,7 +104,7 @@ def collect(
         iteration=iteration,
         tape=len(plan) if tape is None else tape,
         max_batch=max_batch,
-        keep_velocity=keep_velocity,
+        keep_velocity=keep_velocity if recipe.objective.anchor == "policy" else False,
         device=device,
     )
     with torch.no_grad():

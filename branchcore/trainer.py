@@ -27,7 +27,7 @@ from branchcore.prune import balanced_chunks
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
 from branchcore.run_folder import RunFolder, check_same
-from branchcore.slow_fast import FastPath
+from branchcore.slow_fast import FastPath, check_fast_steps
 from branchcore.stages import Batch, accumulate, collect, noise_floor, prompt_indices
 from branchcore.trainer_config import TrainerConfig
 
@@ -74,11 +74,7 @@ class Trainer:
         self.parameters = [p for p in model.module.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("Trainer: module must have trainable parameters, got none")
-        if config.fast_steps and recipe.updates > 1:
-            raise ValueError(
-                f"Trainer: fast_steps must be 0 with several updates, got {config.fast_steps} and "
-                f"{recipe.updates} updates"
-            )
+        check_fast_steps(config, recipe)
         self.device = self.parameters[0].device
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -92,19 +88,23 @@ class Trainer:
         self.sampler = Ema(model.module, 0.0, starts_as_copy=True) if lags else None
         self.iteration, self.cpu_s = 0, 0.0
         self.noise_floor: float | None = None
-        settings = dataclasses.asdict(config)
-        text = "\n".join(self.prompts).encode()
-        identity = {
-            "recipe": {"name": recipe.name, **recipe.options},
-            "prompts": {"count": len(self.prompts), "sha256": hashlib.sha256(text).hexdigest()},
-            "config": {k: v for k, v in settings.items() if k not in _FREE_TO_CHANGE},
-            "facts": dict(facts or {}),
-        }
+        identity = self._identity(facts or {})
         self.folder = RunFolder(out, identity, resume=resume)
         newest = checkpoint.latest(self.folder.path)
         if newest is not None:
             self._restore(newest)
         self.folder.forget_after(self.iteration)
+
+    def _identity(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """What a resumed run must agree on."""
+        settings = dataclasses.asdict(self.config)
+        text = "\n".join(self.prompts).encode()
+        return {
+            "recipe": {"name": self.recipe.name, **self.recipe.options},
+            "prompts": {"count": len(self.prompts), "sha256": hashlib.sha256(text).hexdigest()},
+            "config": {k: v for k, v in settings.items() if k not in _FREE_TO_CHANGE},
+            "facts": dict(facts),
+        }
 
     def run(self) -> None:
         """Trains to the configured number of iterations."""

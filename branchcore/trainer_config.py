@@ -60,8 +60,17 @@ class TrainerConfig:
                 raise TypeError(f"TrainerConfig: {name} must be {kind.__name__}, got {value!r}")
             if not low <= cast("float", value) <= high:
                 raise ValueError(f"TrainerConfig: {name} must be in [{low}, {high}], got {value}")
-        if len(self.betas) != 2 or not all(0.0 <= b < 1.0 for b in self.betas):
-            raise ValueError(f"TrainerConfig: betas must be two in [0, 1), got {self.betas}")
+        numbers = (int, float)
+        pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not pair or not all(isinstance(b, numbers) and 0.0 <= b < 1.0 for b in self.betas):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"TrainerConfig: betas must be two in [0, 1), got {self.betas!r}")
+        chosen = self.reward_weights
+        if chosen is not None and not (
+            isinstance(chosen, Mapping) and all(isinstance(w, numbers) for w in chosen.values())  # pyright: ignore[reportUnnecessaryIsInstance]
+        ):
+            raise TypeError(
+                f"TrainerConfig: reward_weights must map component names to numbers, got {chosen!r}"
+            )
 
 
 _MOST, _TINY = 2**31 - 1, 1e-30

@@ -30,6 +30,7 @@ class Tree:
         self._blocks: list[Columns] = []
         self._parent = np.zeros(0, dtype=np.int64)
         self._sigma = np.zeros(0)
+        self._follows = np.zeros(0, dtype=bool)
         self._leaf: dict[int, int] = {}
         self._streams = 0
 
@@ -200,11 +201,11 @@ class Tree:
         return np.reshape([(*row, 0.0)[:5] for row in rows], (-1, 5))
 
     def _path(self, node: int) -> list[float]:
-        """Returns the noise levels of a node, its parent and its parent's parent, as far as any."""
+        """Returns the noise levels of a node and up to two above, as far as one velocity's path."""
         levels: list[float] = []
         while node >= 0 and len(levels) < 3:
             levels.append(float(self._sigma[node]))
-            node = int(self._parent[node])
+            node = int(self._parent[node]) if self._follows[node] else -1
         return levels
 
     def _new_streams(self, count: int) -> Ints:
@@ -248,4 +249,5 @@ class Tree:
         )
         self._parent = np.append(self._parent, parent)
         self._sigma = np.append(self._sigma, levels)
+        self._follows = np.append(self._follows, row[:, 1] != 0.0)
         return np.arange(first, first + n)

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("diffusers", reason="the embedded model needs the demo extra")
 pytest.importorskip("sklearn", reason="the embedded model needs the demo extra")
 
+from branchcore import recipes
 from branchcore.cli import main, settings
 
 FEW = ["--set", "prompts_per_iteration=2", "--set", "checkpoint_every=1"]
@@ -98,9 +99,9 @@ def test_plan_prints_tree_counts_and_what_the_tape_covers(capsys):
     main(["plan", "tempflow_grpo", "--leaves", "24", "--shift", "3"])
     text = capsys.readouterr().out
     assert text.splitlines()[0].startswith("tempflow_grpo, T = 10, {'trunks': 4, 'children': 6}")
-    numbers = [line.split()[-6:] for line in text.splitlines() if line.startswith("tempflow_grpo ")]
-    assert numbers == [["1116", "216", "36", "216", "1188", "1.00"]]
-    chains = [x.split()[-6:] for x in text.splitlines() if x.startswith("  as independent")]
+    numbers = [line.split()[-7:] for line in text.splitlines() if line.startswith("tempflow_grpo ")]
+    assert numbers == [["1116", "216", "36", "216", "36", "1224", "1.00"]]
+    chains = [x.split()[-7:] for x in text.splitlines() if x.startswith("  as independent")]
     assert chains[0][:4] == ["2160", "216", "216", "216"]
     assert "The tape covers 36 of 36 trained parents in 1 update(s)." in text
     assert "6 of ~*" in text
@@ -126,6 +127,18 @@ def test_plan_of_a_preset_and_its_later_updates(capsys):
         ),
         (["plan", "dance_grpo", "--leaves", "1"], "leaves must be at least 2, got 1"),
         (["plan", "dance_grpo", "--set", "lr=3"], r"--set must name options from .*got \['lr'\]"),
+        (["plan", "flow_grpo", "--steps", "0"], "steps must be at least 1, got 0"),
+        (
+            ["plan", "flow_grpo", "--iteration", "-1"],
+            r"iteration must be in \[0, 2\*\*32\), got -1",
+        ),
+        (["plan", "vgpo", "--preset", "flux"], r"preset must be from \('sd3.5-m',\), got 'flux'"),
+        (["plan", "multi_grpo", "--preset", "flux"], "preset must be left out, as it has none"),
+        (["plan", "g2rpo", "--set", "strides=3"], "strides must be Sequence.int., got 3"),
+        (["plan", "tree_grpo", "--set", "branching=[2.5]"], "branching must be int | Sequence"),
+        (["plan", "branch_grpo", "--set", "beta=NaN"], "beta must be finite, got nan"),
+        (["plan", "branch_grpo", "--set", "amplify=4"], "got 4.0 and 4; try correlate=None"),
+        (["plan", "branch_grpo", "--set", "prune_share=2"], "prune_share must be in"),
         (["plan", "branch_grpo", "--steps", "1"], "sigmas must decrease from 1 to 0 in at least 2"),
     ],
 )
@@ -133,3 +146,44 @@ def test_plan_names_what_is_wrong(words, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert re.search(message, str(stop.value)), stop.value
+
+
+def test_leaves_override_a_preset_and_options_override_both(capsys):
+    main(["plan", "dance_grpo", "--preset", "hunyuan-video", "--leaves", "12"])
+    assert "'group': 12" in capsys.readouterr().out
+    words = ["--preset", "hunyuan-video", "--leaves", "12", "--set", "group=10"]
+    main(["plan", "dance_grpo", *words])
+    assert "'group': 10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize(("leaves", "steps"), [(2, 8), (7, 9), (12, 10)])
+def test_plan_knows_every_recipe_at_any_size(name, leaves, steps, capsys):
+    main(["plan", name, "--leaves", str(leaves), "--steps", str(steps)])
+    text = capsys.readouterr().out
+    decodes = next(x for x in text.splitlines() if x.startswith(f"{name} ")).split()[4]
+    assert int(decodes) % leaves == 0
+
+
+@pytest.mark.parametrize(("steps", "schedule"), [(2, "linear"), (2, "exponential"), (3, "random")])
+def test_short_schedules_have_windows_too(steps, schedule, capsys):
+    words = ["--set", f"schedule={schedule}", "--set", "window=1", "--leaves", "4"]
+    main(["plan", "mix_grpo", "--steps", str(steps), *words])
+    assert "~*" in capsys.readouterr().out
+
+
+def test_other_forwards_are_counted(capsys):
+    """A KL costs one reference forward per trained parent; a lagging sampler one old forward."""
+    columns = {}
+    for name, words in {
+        "no KL": ["flow_grpo", "--set", "kl=0"],
+        "KL": ["flow_grpo"],
+        "lag": ["diffusion_nft", "--set", "kl=0"],
+        "no lag": ["diffusion_nft", "--set", "kl=0", "--set", "lag=0"],
+        "preference": ["dgpo", "--set", "kl=0"],
+    }.items():
+        main(["plan", *words, "--leaves", "4"])
+        row = [x for x in capsys.readouterr().out.splitlines() if x.startswith(words[0] + " ")]
+        columns[name] = [int(x) for x in row[-1].split()[1:6]]
+    assert [columns[n][4] for n in columns] == [0, 36, 36, 0, 16]
+    assert [columns[n][2] for n in columns] == [36, 36, 36, 36, 16]

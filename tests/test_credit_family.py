@@ -579,3 +579,15 @@ def rewards_of(plan, count=1):
 def test_errors_name_what_was_wanted(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_rewards_that_tie_but_for_rounding_are_worth_nothing():
+    """.1 + .2 and .3 differ by 5e-17: no pair, and no advantage however rewards are summed."""
+    plan = chains(4)
+    rewards = np.array([[0.1 + 0.2], [0.3], [0.3], [0.1 + 0.2]])
+    for build in (
+        credits.pair_credit(),
+        credits.group_credit(ddof=0, eps=1e-4, reward_first=True),
+        credits.group_credit(ddof=0, eps=1e-4),
+    ):
+        assert not build(plan, rewards, np.ones(1), np.zeros(len(plan))).advantage.any()

@@ -238,6 +238,18 @@ def test_counts_and_unshared_chains_of_re_noised_leaves():
     assert len(share(chains)) == len(plan)
 
 
+def test_history_starts_anew_after_an_image():
+    t = Tree()
+    x = t.leaf(t.chain(t.roots(2), SG[1:], dpmpp(2, warm_up=True)))
+    x = t.grow(x, 0.6, renoise)
+    t.leaf(t.chain(x, [0.4, 0.2, 0.0], dpmpp(2, warm_up=True)))
+    plan = t.plan()
+    again = plan.history & (plan.depth > 5)
+    assert set(plan.sigma[again]) == {0.2}
+    with pytest.raises(ValueError, match="order 2 must have 1 levels above the node, got 0"):
+        t.grow(x, 0.4, dpmpp(2))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -8,6 +8,7 @@ from formulas import published_gradient, shake
 from branchcore import recipes, schedule
 from branchcore.gradient import gradient
 from branchcore.passes import share, unshare
+from branchcore.report import other_forwards
 from branchcore.rollout import rollout
 
 SG = schedule.shifted_linear(8, 3)
@@ -80,7 +81,7 @@ def test_gradient_equals_the_published_loss_edge_by_edge(name, changed, toy):
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_shared_equals_independent_chains(name, toy):
-    """The same noise, the same leaves, the same gradient from the released amount of work."""
+    """The same noise, the same leaves, the same gradient from chains that share nothing."""
     recipe, plan, advantage, weight = setting(name)
     chains, origin = unshare(plan)
     counts, naive = plan.counts(), chains.counts()
@@ -101,6 +102,33 @@ def test_shared_equals_independent_chains(name, toy):
     assert relative(*grads) <= 1e-12
     for leaf, state in leaves[0].items():
         assert float((state - leaves[1][leaf]).abs().max()) <= 1e-12
+
+
+def test_the_penalty_acts_on_prompts_without_a_spread(toy):
+    """MixGRPO's half squared log-ratio has a gradient where the advantages are 0."""
+    recipe, plan, advantage, weight = setting("mix_grpo", log_ratio_penalty=0.7)
+    advantage[plan.prompt == 1] = 0.0
+    old, model = toy(), toy()
+    forest = grown(plan, old, keep_velocity=True)
+    shake(model)
+    published_gradient(forest, model, recipe.objective, advantage, weight, old=old, update=1)
+    exact = model.gradient()
+    model.zero_grad()
+    gradient(forest, model, advantage, weight, recipe.objective, update=1)
+    assert relative(model.gradient(), exact) <= 1e-12
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_the_model_is_asked_for_what_the_plan_counts(name, toy):
+    """Rows of the rollout: F, and the old policy's at re-noised states of later updates."""
+    recipe, plan, *_ = setting(name)
+    model = toy()
+    grown(plan, model, keep_velocity=None if recipe.objective.anchor == "policy" else False)
+    others = other_forwards(recipe, plan, 0) if recipe.sampler_decay is None else 0
+    later = int((plan.train & plan.matching & (plan.update > 0)).sum())
+    if recipe.sampler_decay is not None:
+        others = later
+    assert sum(model.rows) == plan.counts().forwards + others
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)

@@ -217,7 +217,7 @@ def test_tree_grpo_cost_accounting():
 
 
 @pytest.mark.parametrize("name", TREES)
-@pytest.mark.parametrize("leaves", [12, 16, 24, 81])
+@pytest.mark.parametrize("leaves", [7, 12, 16, 24, 81])
 def test_equal_leaves(name, leaves):
     """One image per leaf, times the branching steps of a trunk or projections."""
     options = recipes.leaf_options(tuple(recipes.options_of(name)), leaves, 10)

@@ -252,7 +252,7 @@ def counts(name, leaves, steps):
 @pytest.mark.parametrize(
     ("leaves", "steps", "expected"),
     [
-        # PERFORMANCE's table for BranchGRPO, N and T, released loop: F, E, P, D
+        # published table for BranchGRPO, N and T, released loop: F, E, P, D
         (12, 10, (83, 94, 83, 12)),
         (16, 20, (203, 218, 203, 16)),
         (24, 25, (367, 390, 367, 24)),

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
+from branchcore.recipes.option_types import fits
 from branchcore.recipes.recipe import Preset, Recipe, Sigmas
 from branchcore.recipes.scale import leaf_options
 
@@ -61,12 +63,12 @@ def build(name: str, sigmas: Sigmas, **options: Any) -> Recipe:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"{name}: options must be from {tuple(known)}, got {unknown}")
+    kinds = get_type_hints(RECIPES[name])
     for option, value in options.items():
-        kind = known[option].annotation
-        kinds = {"bool": (bool,), "int": (int,), "float": (int, float)}.get(kind)
-        flag = isinstance(value, bool) and kind != "bool"
-        if kinds is not None and (flag or not isinstance(value, kinds)):
-            raise TypeError(f"{name}: {option} must be {kind}, got {value!r}")
+        if not fits(value, kinds[option]):
+            raise TypeError(f"{name}: {option} must be {known[option].annotation}, got {value!r}")
+        if isinstance(value, float) and not (math.isfinite(value) or option == "clip"):
+            raise ValueError(f"{name}: {option} must be finite, got {value}")
     return RECIPES[name](sigmas, **options)
 
 
@@ -78,7 +80,8 @@ def preset_of(name: str, preset: str) -> Preset:
     """
     options_of(name)
     if preset not in PRESETS[name]:
-        raise ValueError(f"{name}: preset must be from {tuple(PRESETS[name])}, got {preset!r}")
+        known = f"from {tuple(PRESETS[name])}" if PRESETS[name] else "left out, as it has none"
+        raise ValueError(f"{name}: preset must be {known}, got {preset!r}")
     return PRESETS[name][preset]
 
 

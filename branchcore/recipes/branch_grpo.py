@@ -15,7 +15,12 @@ from branchcore import prune
 from branchcore.credit import Floats
 from branchcore.objective import ClippedRatio
 from branchcore.plan import Plan
-from branchcore.recipes.branching import check_splits, grow_branching, scaled_splits
+from branchcore.recipes.branching import (
+    check_split_noise,
+    check_splits,
+    grow_branching,
+    scaled_splits,
+)
 from branchcore.recipes.credits import depth_credit
 from branchcore.recipes.recipe import (
     Moment,
@@ -99,7 +104,9 @@ def branch_grpo(
         stop=slide_stop if slide_stop is not None else steps if leaves else max(chosen),
         towards_leaves=leaves,
     )
+    _check_pruning(prune_share, prune_pool, window)
     check_updates("branch_grpo", updates)
+    check_split_noise("branch_grpo", correlate, amplify)
 
     def grow(t: Tree, at: Moment) -> None:
         every = dict.fromkeys(range(steps), sde)
@@ -137,6 +144,17 @@ class _Window(NamedTuple):
                 towards_leaves=self.towards_leaves,
             )
         return prune.depth_window(plan, depths)
+
+
+def _check_pruning(share: float, pool: str, window: _Window) -> None:
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"branch_grpo: prune_share must be in (0, 1], got {share}")
+    if pool not in ("tree", "call"):
+        raise ValueError(f"branch_grpo: prune_pool must be 'tree' or 'call', got {pool!r}")
+    if window.interval is not None and window.interval < 1:
+        raise ValueError(
+            f"branch_grpo: slide_interval must be at least 1, got {window.interval}; try None"
+        )
 
 
 def _pruner(name: str, share: float, pool: str, window: _Window) -> Prune:

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from branchcore.objective import ClippedRatio
-from branchcore.recipes.branching import check_splits, grow_branching, scaled_splits
+from branchcore.recipes.branching import (
+    check_split_noise,
+    check_splits,
+    grow_branching,
+    scaled_splits,
+)
 from branchcore.recipes.credits import depth_credit
 from branchcore.recipes.recipe import (
     Moment,
@@ -68,6 +73,7 @@ def branch_mix(
     children = check_splits("branch_mix", chosen, branching, steps)
     sde_steps = {i for i in range(steps) if i in children or i % stride < window}
     check_updates("branch_mix", updates)
+    check_split_noise("branch_mix", correlate, amplify)
     sde = dance_sde(eta)
 
     def grow(t: Tree, at: Moment) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -106,6 +106,46 @@ def geometric_chances(ratio: float, positions: int) -> list[float]:
     """Returns `(1 - r) r^i / (1 - r^n)`, the truncated geometric law; uniform at r = 1."""
     mass = [ratio**i for i in range(positions)]
     return [m / sum(mass) for m in mass]
+
+
+def grow_trunks(
+    t: Tree,
+    sigmas: Sequence[float],
+    step: Step,
+    *,
+    trunks: int,
+    children: int,
+    updates: int,
+    tail: Callable[[int], Sequence[float]],
+) -> None:
+    """Grows ODE trunks with stochastic, trained children at every state but the last.
+
+    Args:
+        t: the tree.
+        sigmas: (T + 1,) schedule of the trunks.
+        step: the children's stochastic step.
+        trunks: roots, each from its own noise.
+        children: per trunk state.
+        updates: optimizer updates that the trunks are dealt to, in equal consecutive parts.
+        tail: trunk step i -> noise levels that its children go through, to their image.
+
+    Source: TempFlow-GRPO, arXiv 2508.04324.
+    """
+    x = t.roots(trunks)
+    update = (np.arange(trunks) * updates // trunks).repeat(children)
+    for i, sigma in enumerate(sigmas[1:-1]):
+        kids = t.grow(x, sigma, step, children=children, train=True, update=update)
+        t.leaf(t.chain(kids, tail(i), euler))
+        x = t.grow(x, sigma, euler)
+
+
+def check_split_noise(name: str, correlate: float | None, amplify: float | None) -> None:
+    """Raises ValueError unless at most one kind of split noise is asked for."""
+    if correlate is not None and amplify is not None:
+        raise ValueError(
+            f"{name}: correlate must be None with amplify, got {correlate} and {amplify}; try "
+            "correlate=None"
+        )
 
 
 def grow_branching(

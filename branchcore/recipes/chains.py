@@ -93,6 +93,20 @@ def check_window(name: str, window: int, room: int, where: str) -> None:
         raise ValueError(f"{name}: window must be in 1..{room}, the steps {where}, got {window}")
 
 
+def check_times(name: str, times: int | None, steps: int, shift: float) -> int:
+    """Returns how many levels to train at, int(0.99 T) unless said.
+
+    Raises:
+        ValueError: none, or a shift of the levels that is not positive.
+    """
+    count = int(0.99 * steps) if times is None else times
+    if count < 1:
+        raise ValueError(f"{name}: times must be at least 1, got {count}")
+    if not shift > 0.0:
+        raise ValueError(f"{name}: shift must be positive, got {shift}")
+    return count
+
+
 def renoise_at(
     t: Tree, leaves: Ints, times: Sequence[NDArray[np.float64]], *, updates: int = 1
 ) -> None:

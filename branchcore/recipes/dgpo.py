@@ -85,18 +85,19 @@ def dgpo(
 
 
 _SOURCE = "Luo-Yihong/DGPO (4 GPUs): 512 px, CFG 4.5 in the rollout, DPM-Solver 10 steps, LoRA"
+# the released gradient leaves out the factor beta, and is clipped to 1
 _TRAINER = {**FLOW_GRPO_TRAINER, "prompts_per_iteration": 8}
 PRESETS = {
     "sd3.5-m": Preset(
         sigmas=flow_match_euler(10).tolist(),
         options={"t_min": 0.79, "beta": 101.0, "kl": 0.02 * 101.0},
-        trainer=_TRAINER,
+        trainer={**_TRAINER, "max_grad_norm": 101.0},
         source=_SOURCE + "; GenEval",
     ),
     "sd3.5-m-ocr": Preset(
         sigmas=flow_match_euler(10).tolist(),
         options={"global_std": True},
-        trainer=_TRAINER,
+        trainer={**_TRAINER, "max_grad_norm": 100.0},
         source=_SOURCE + "; OCR",
     ),
 }

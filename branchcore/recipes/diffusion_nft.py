@@ -69,10 +69,10 @@ def diffusion_nft(
     count = int(0.99 * num_steps) if times is None else times
     if not 1 <= count <= num_steps:
         raise ValueError(f"diffusion_nft: times must be in 1..{num_steps}, got {count}")
-    if not (lag >= 0.0 and lag_start >= 0 and 0.0 <= lag_max < 1.0):
+    if not (0.0 <= lag < 1.0 and lag_start >= 0 and 0.0 <= lag_max < 1.0):
         raise ValueError(
-            "diffusion_nft: lag and lag_start must be >= 0 and lag_max in [0, 1), got "
-            f"{lag}, {lag_start} and {lag_max}"
+            "diffusion_nft: lag and lag_max must be in [0, 1) and lag_start >= 0, got "
+            f"{lag}, {lag_max} and {lag_start}"
         )
     solver, levels = dpmpp(order, warm_up=True), np.asarray(sg[:-1])
 

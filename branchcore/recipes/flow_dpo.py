@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from branchcore.matching import Preference
-from branchcore.recipes.chains import FLOW_GRPO_TRAINER, check_group, logit_normal
+from branchcore.recipes.chains import FLOW_GRPO_TRAINER, check_group, check_times, logit_normal
 from branchcore.recipes.credits import pair_credit
 from branchcore.recipes.recipe import (
     Moment,
@@ -51,11 +51,7 @@ def flow_dpo(
     """
     sg = check_sigmas("flow_dpo", sigmas)
     check_group("flow_dpo", group)
-    count = int(0.99 * (len(sg) - 1)) if times is None else times
-    if count < 1:
-        raise ValueError(f"flow_dpo: times must be at least 1, got {count}")
-    if not shift > 0.0:
-        raise ValueError(f"flow_dpo: shift must be positive, got {shift}")
+    count = check_times("flow_dpo", times, len(sg) - 1, shift)
     check_updates("flow_dpo", updates, count)
     solver = dpmpp(order, warm_up=True)
 

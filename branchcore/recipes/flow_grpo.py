@@ -70,7 +70,13 @@ def flow_grpo(
         name="flow_grpo",
         grow=grow,
         credit=group_credit(ddof=0, eps=1e-4, reward_first=True, global_std=global_std),
-        objective=ClippedRatio(ratio=ratio_of(sde), clip=(clip, clip), kl=kl, kl_form=kl_form),
+        objective=ClippedRatio(
+            ratio=ratio_of(sde),
+            clip=(clip, clip),
+            kl=kl,
+            # the release divides by the returned std^2, which for cps is the step's own
+            kl_form="gaussian" if sde == "cps" else kl_form,
+        ),
         varies=False,
         updates=updates,
     )

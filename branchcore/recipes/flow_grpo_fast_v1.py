@@ -8,6 +8,7 @@ a prompt mixes its trunks: A = (r - mean_group) / (std_group + 1e-4).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -38,6 +39,7 @@ def flow_grpo_fast_v1(
     noise_level: float = 0.8,
     clip: float = 1e-5,
     kl: float = 0.0,
+    kl_form: Literal["flow_grpo", "gaussian"] = "flow_grpo",
     global_std: bool = False,
     updates: int = 1,
 ) -> Recipe:
@@ -53,6 +55,8 @@ def flow_grpo_fast_v1(
         noise_level: the SDE's a.
         clip: PPO clip range.
         kl: weight of the KL to the base model, in Flow-GRPO's form; none published.
+        kl_form: "flow_grpo" is the released code's, which lacks a factor 1 / dt; "gaussian" the
+            true KL of the steps.
         global_std: divide by the std over all prompts of a round; True in the released code.
         updates: optimizer updates per iteration, whole branches dealt to them; 2 in the released
             code.
@@ -88,7 +92,7 @@ def flow_grpo_fast_v1(
         name="flow_grpo_fast_v1",
         grow=grow,
         credit=group_credit(ddof=0, eps=1e-4, reward_first=True, global_std=global_std),
-        objective=ClippedRatio(clip=(clip, clip), kl=kl, kl_form="flow_grpo"),
+        objective=ClippedRatio(clip=(clip, clip), kl=kl, kl_form=kl_form),
         varies=final > 0,
         updates=updates,
     )

@@ -13,6 +13,7 @@ from branchcore.matching import RewardWeighted
 from branchcore.recipes.chains import (
     FLOW_GRPO_TRAINER,
     check_group,
+    check_times,
     logit_normal,
     renoise_at,
 )
@@ -60,11 +61,7 @@ def flow_rwr(
     sg = check_sigmas("flow_rwr", sigmas)
     check_group("flow_rwr", group)
     check_updates("flow_rwr", updates, group)
-    count = int(0.99 * (len(sg) - 1)) if times is None else times
-    if count < 1:
-        raise ValueError(f"flow_rwr: times must be at least 1, got {count}")
-    if not shift > 0.0:
-        raise ValueError(f"flow_rwr: shift must be positive, got {shift}")
+    count = check_times("flow_rwr", times, len(sg) - 1, shift)
     solver = dpmpp(order, warm_up=True)
 
     def grow(t: Tree, at: Moment) -> None:

@@ -7,6 +7,7 @@ the clipped loss of a step is divided by its dt.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from branchcore.objective import ClippedRatio
 from branchcore.recipes.chains import (
@@ -37,6 +38,7 @@ def grpo_guard(
     noise_level: float = 0.7,
     clip: float = 2e-6,
     kl: float = 0.0,
+    kl_form: Literal["flow_grpo", "gaussian"] = "flow_grpo",
     updates: int = 1,
 ) -> Recipe:
     """Builds GRPO-Guard; defaults are SD3.5-M's (GenEval, OCR) but for the updates.
@@ -47,6 +49,8 @@ def grpo_guard(
         noise_level: the SDE's a.
         clip: PPO clip range; 4e-6 for PickScore.
         kl: weight of the KL to the base model, in Flow-GRPO's form; none in the paper.
+        kl_form: "flow_grpo" is the released code's, which lacks a factor 1 / dt; "gaussian" the
+            true KL of the steps.
         updates: optimizer updates per iteration; 2 in the released code.
     """
     sg = check_sigmas("grpo_guard", sigmas)
@@ -61,7 +65,7 @@ def grpo_guard(
         name="grpo_guard",
         grow=grow,
         credit=weighted(group_credit(ddof=0, eps=1e-4, reward_first=True), inverse_step_weight),
-        objective=ClippedRatio(ratio="guard", clip=(clip, clip), kl=kl, kl_form="flow_grpo"),
+        objective=ClippedRatio(ratio="guard", clip=(clip, clip), kl=kl, kl_form=kl_form),
         varies=False,
         updates=updates,
     )

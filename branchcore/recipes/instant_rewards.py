@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-
 from branchcore.objective import ClippedRatio
+from branchcore.recipes.branching import grow_trunks
 from branchcore.recipes.chains import chain_step, ratio_of
 from branchcore.recipes.credits import depth_credit, noise_weight, weighted
 from branchcore.recipes.recipe import Moment, Recipe, check_sigmas, check_updates, keeps_options
-from branchcore.steps import euler
 from branchcore.tree import Tree
 
 
@@ -54,14 +52,10 @@ def instant_rewards(
         raise ValueError(f"instant_rewards: children must be at least 2, got {children}")
     check_updates("instant_rewards", updates, trunks)
     step = chain_step(sde, noise_level, sg)
-    update = (np.arange(trunks) * updates // trunks).repeat(children)
+    size = {"trunks": trunks, "children": children, "updates": updates}
 
     def grow(t: Tree, _at: Moment) -> None:
-        x = t.roots(trunks)
-        for sigma in sg[1:-1]:
-            kids = t.grow(x, sigma, step, children=children, train=True, update=update)
-            t.leaf(t.grow(kids, 0.0, euler))
-            x = t.grow(x, sigma, euler)
+        grow_trunks(t, sg, step, **size, tail=lambda _: [0.0])
 
     credit = depth_credit(columns=("parent",), ddof=0, eps=1e-4, floor=0.0)
     return Recipe(

@@ -133,7 +133,7 @@ def check_updates(name: str, updates: int, most: int | None = None) -> None:
     """Raises ValueError unless 1 <= updates <= most."""
     if updates < 1 or (most is not None and updates > most):
         wanted = "at least 1" if most is None else f"in 1..{most}"
-        raise ValueError(f"{name}: updates must be {wanted}, got {updates}")
+        raise ValueError(f"{name}: updates must be {wanted}, got {updates}; try updates=1")
 
 
 def check_sigmas(name: str, sigmas: Sigmas) -> list[float]:

@@ -38,8 +38,10 @@ def leaf_options(options: Collection[str], leaves: int, steps: int) -> dict[str,
     if "group" in options:
         return {"group": leaves}
     if "branching" in options:
-        several = {"roots": factors[0]} if "roots" in options and len(factors) > 1 else {}
-        factors = factors[len(several) :]
+        several: dict[str, int] = {}
+        if "roots" in options:
+            several["roots"] = factors[0] if len(factors) > 1 else 1
+            factors = factors[1:] or factors
         splits = {"splits": scaled_splits("dense", steps, len(factors))}
         return {**several, "branching": factors, **(splits if "splits" in options else {})}
     if "trunks" in options and "children" in options:

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from branchcore.objective import ClippedRatio
+from branchcore.recipes.branching import grow_trunks
 from branchcore.recipes.chains import FLOW_GRPO_EMA, FLOW_GRPO_TRAINER, chain_step, ratio_of
 from branchcore.recipes.credits import depth_credit, noise_weight, weighted
 from branchcore.recipes.recipe import (
@@ -24,7 +23,6 @@ from branchcore.recipes.recipe import (
     keeps_options,
 )
 from branchcore.schedule import flow_match_euler, flux_dynamic
-from branchcore.steps import euler
 from branchcore.tree import Tree
 
 _GROUPS = {"parent": ("parent",), "prompt": ("prompt", "depth")}
@@ -73,14 +71,10 @@ def tempflow_grpo(
         )
     check_updates("tempflow_grpo", updates, trunks)
     step = chain_step(sde, noise_level, sg)
-    update = (np.arange(trunks) * updates // trunks).repeat(children)
+    size = {"trunks": trunks, "children": children, "updates": updates}
 
     def grow(t: Tree, _at: Moment) -> None:
-        x = t.roots(trunks)
-        for i in range(len(sg) - 2):
-            kids = t.grow(x, sg[i + 1], step, children=children, train=True, update=update)
-            t.leaf(t.chain(kids, sg[i + 2 :], euler))
-            x = t.grow(x, sg[i + 1], euler)
+        grow_trunks(t, sg, step, **size, tail=lambda i: sg[i + 2 :])
 
     credit = depth_credit(columns=_GROUPS[grouping], ddof=0, eps=1e-4, floor=0.0)
     return Recipe(

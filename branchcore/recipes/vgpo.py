@@ -17,7 +17,15 @@ import numpy as np
 from branchcore.objective import ClippedRatio
 from branchcore.recipes.chains import check_group
 from branchcore.recipes.credits import value_credit
-from branchcore.recipes.recipe import Moment, Recipe, check_sigmas, check_updates, keeps_options
+from branchcore.recipes.recipe import (
+    Moment,
+    Preset,
+    Recipe,
+    check_sigmas,
+    check_updates,
+    keeps_options,
+)
+from branchcore.schedule import flow_match_euler
 from branchcore.steps import euler, flow_sde
 from branchcore.tree import Tree
 
@@ -74,3 +82,13 @@ def vgpo(
         varies=False,
         updates=updates,
     )
+
+
+PRESETS = {
+    "sd3.5-m": Preset(
+        sigmas=flow_match_euler(10).tolist(),
+        options={},
+        source="arXiv 2512.12387, from reviews: SD3.5-M, 40 steps to evaluate; gamma, the anchor "
+        "and the trainer's settings are not published there",
+    ),
+}

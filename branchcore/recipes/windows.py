@@ -51,7 +51,7 @@ def moving_start(
 
 def linear_interval(position: int, steps: int, longest: int, shortest: int) -> int:
     """Returns iterations at window `position`: from longest at 0 to shortest at T - 2."""
-    share = position / (steps - 2)
+    share = position / max(steps - 2, 1)
     return max(shortest, int(longest * (1.0 - share) + shortest * share))
 
 

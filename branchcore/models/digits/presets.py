@@ -6,6 +6,7 @@ were tuned on this task (bench/LOG.md has the runs); all others get the same set
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from branchcore import recipes
@@ -68,6 +69,11 @@ _TUNED: dict[str, Preset] = {
 }
 
 
+def _kl_of_steps(options: Collection[str]) -> bool:
+    """A weight on the KL of sampling steps, not on the velocities' of matching methods."""
+    return "kl" in options and "times" not in options
+
+
 def _plain(name: str) -> Preset:
     """16 leaves (per step on a trunk), a KL, and fewer prompts where a prompt has more leaves."""
     known = recipes.options_of(name)
@@ -75,7 +81,7 @@ def _plain(name: str) -> Preset:
     trunk = "trunks" in known or "strides" in known
     trainer = {**_COMMON, "lr": 8e-4, "prompts_per_iteration": 4 if trunk else 12}
     return Preset(
-        options | ({"kl": 0.03} if "kl" in known else {}) | _SUITED.get(name, {}),
+        options | ({"kl": 0.03} if _kl_of_steps(known) else {}) | _SUITED.get(name, {}),
         {**trainer, "iterations": 160},
     )
 
