@@ -60,6 +60,8 @@ def tree_throughput(result: dict[str, Any]) -> str:
             "algorithm + engine ratio, not one at equal gradient variance. `tempflow` and `g2rpo` "
             "score leaves at every step of a trunk, so that no `engine` ratio is at equal leaves.",
             "",
+            "![CPU seconds of every plan, and the ratios](bench/results/tree_throughput_cpu.png)",
+            "",
             markdown(("A/B", "CPU seconds", "95 % CI", "wall"), ratios),
             "",
             markdown(
