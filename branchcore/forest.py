@@ -46,6 +46,8 @@ class Forest:
     """(M,) log-probability of every edge, nats per latent element; 0 on deterministic ones."""
     velocity: Tensor | None
     """(S, D) rollout velocities in the slots of trained nodes; kept for updates after the first."""
+    evaluated: NDArray[np.bool_]
+    """(M,) nodes whose velocity the rollout computed."""
     tape: list[TapePart] = field(default_factory=list[TapePart])
     calls: int = 0
     """Model calls of the rollout."""

@@ -120,6 +120,12 @@ def gradient(
         )
     _check_edges(plan, advantage_M2, weight_M)
     edges = live_edges(plan, advantage_M2, weight_M, objective, update)
+    if anchor == "rollout" and not forest.evaluated[plan.action[edges]].all():
+        row = int(edges[np.argmin(forest.evaluated[plan.action[edges]])])
+        raise ValueError(
+            f"gradient: anchor 'rollout' needs stored velocities, got none at row {row}; "
+            "try rollout(keep_velocity=True)"
+        )
     planned = len(plan.trained(update)) if num_planned is None else num_planned
     tape = [part.velocity for part in forest.tape] if update == 0 else []
     parts = [part.nodes for part in forest.tape] if update == 0 else []

@@ -77,7 +77,7 @@ def rollout(
         evaluated[plan.action[read_later]] = True
     waves = _waves(plan, evaluated, on_tape, max_batch, device)
     noise = edge_noise(plan, uids, seed, iteration, device)
-    run = _Run(plan, model, noise, keep_velocity, dtype, device)
+    run = _Run(plan, model, noise, evaluated, keep_velocity, dtype, device)
     x, past = run.root_states(given), _Past(None, None)
     for wave in waves:
         if len(wave.kept):
@@ -156,6 +156,7 @@ class _Run:
         plan: Plan,
         model: VelocityModel,
         noise: Noise,
+        evaluated: NDArray[np.bool_],
         keep_velocity: bool,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -178,6 +179,7 @@ class _Run:
             slot=slot,
             log_prob=torch.zeros(len(plan), dtype=dtype, device=device),
             velocity=torch.zeros_like(x) if keep_velocity else None,
+            evaluated=evaluated,
         )
         self.bad: list[tuple[Ints, Tensor]] = []
 

@@ -224,6 +224,8 @@ def test_later_updates_use_the_velocities_of_the_rollout(toy):
         stats = gradient(forest, model, advantage, weight, AdvantageMatching(), update=update)
         assert float(stats.ratio.max_abs_dev) <= 1e-12
         assert int(stats.ratio.edges) == len(plan.trained()) // 2
+    with pytest.raises(ValueError, match="needs stored velocities, got none at row"):
+        gradient(forest, model, advantage, weight, AdvantageMatching(), anchor="rollout")
     shake(model)
     stats = gradient(forest, model, advantage, weight, AdvantageMatching(), update=1)
     assert float(stats.ratio.max_abs_dev) > 1e-3
