@@ -591,3 +591,16 @@ def test_rewards_that_tie_but_for_rounding_are_worth_nothing():
         credits.group_credit(ddof=0, eps=1e-4),
     ):
         assert not build(plan, rewards, np.ones(1), np.zeros(len(plan))).advantage.any()
+
+
+def test_flow_4_1_mixgrpo_averages_its_rewards():
+    """Weights count by their share: twice all weights changes nothing, three equal ones average."""
+    plan, rng = chains(6), np.random.default_rng(2)
+    rewards = rng.normal(size=(6, 3))
+    build = credits.group_credit(ddof=1, eps=1e-8, average=True)
+    alone = credits.group_credit(ddof=1, eps=1e-8)
+    each = [take(alone, plan, rewards[:, [r]]).value for r in range(3)]
+    for scale in (1.0, 2.0):
+        got = build(plan, rewards, np.full(3, scale), np.zeros(len(plan))).advantage
+        near(got[:, 0] - got[:, 1], np.mean(each, axis=0))
+        assert np.ptp(each, axis=0).max() > 1.0

@@ -5,7 +5,8 @@ log p = -w(t) mean (v - (eps - x0))^2 takes the place of the steps' log-probabil
 A = (r - mean_group) / (std_group + 1e-4), clamped to 5 and divided by it.
 
 The released rollout is an SA-Solver of order 2, partly stochastic; here it is DPM-Solver++ of
-order 2. The released KL to a slowly moving average of the policy is not built.
+order 2 on Flow-GRPO's levels. The released KL to a slowly moving average of the policy is not
+built.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ PRESETS = {
         sigmas=flow_match_euler(14).tolist(),
         options={"kl": 1e-4, "global_std": True},
         trainer={**_TRAINER, "prompts_per_iteration": 24},
-        source=_SOURCE + "; PickScore, whose times are drawn from all steps",
+        source=_SOURCE + "; PickScore; its release draws times from all steps and its levels are "
+        "SA-Solver's, neither of which is built",
     ),
 }

@@ -193,7 +193,20 @@ PRESETS: dict[str, Preset] = {
         sigmas=shifted_linear(20, 3.0).tolist(),
         options={"beta": 1.0, "pruning": "depth", "slide_interval": 30},
         trainer=_PAPER,
-        source=f"{_SETTING}; BranchGRPO-DepPru, the 5 depths that its table's 8.625 passes imply",
+        source=f"{_SETTING}; BranchGRPO-DepPru, the 5 depths that its table's 8.625 passes imply, "
+        "where its text has 4",
+    ),
+    "flux-81": Preset(
+        sigmas=shifted_linear(20, 3.0).tolist(),
+        options={"branching": 3, "beta": 1.0},
+        trainer=_PAPER,
+        source=f"{_SETTING}; 81 leaves",
+    ),
+    "flux-256": Preset(
+        sigmas=shifted_linear(20, 3.0).tolist(),
+        options={"branching": 4, "beta": 1.0},
+        trainer=_PAPER,
+        source=f"{_SETTING}; 256 leaves",
     ),
     "flux-released": Preset(
         sigmas=shifted_linear(20, 3.0).tolist(),

@@ -66,6 +66,7 @@ def group_credit(
     global_std: bool = False,
     separate: bool = False,
     trimmed: float = 0.0,
+    average: bool = False,
 ) -> Credit:
     """Returns GRPO's credit: rewards standardised within the prompt, lifted to every edge.
 
@@ -77,6 +78,7 @@ def group_credit(
         global_std: divide by the std over all prompts of the call instead of the prompt's own.
         separate: one clipped loss per reward (DanceGRPO).
         trimmed: lowest fraction of the group that mean and std leave out (MixGRPO), in [0, 1).
+        average: divide the rewards' weights by their sum (MixGRPO).
 
     Raises:
         ValueError: trimmed outside [0, 1), or options that exclude each other.
@@ -97,7 +99,8 @@ def group_credit(
         spread = pool.std(0, ddof=ddof) if global_std else None
         scores = standardize(scored, prompts, ddof=ddof, eps=eps, spread=spread, trimmed=trimmed)
         advantage = edge_values(plan, lift(plan, scores, mean_weight(plan)))
-        return split_sign(advantage, weight_R, separate=separate)
+        share_R = weight_R / weight_R.sum() if average else weight_R
+        return split_sign(advantage, share_R, separate=separate)
 
     return credit
 

@@ -131,6 +131,17 @@ PRESETS = {
         source="XueZeyue/DanceGRPO finetune_flux_grpo.sh (16 GPUs): 720 px, guidance 3.5, full "
         "fine-tune, HPSv2.1, 300 iterations",
     ),
+    "flux-hps-clip": Preset(
+        sigmas=shifted_linear(16, 3.0).tolist(),
+        options={"separate": True, "updates": 3},
+        trainer={
+            **_TRAINER,
+            "prompts_per_iteration": 16,
+            "reward_weights": {"hps": 0.7, "clip": 1.4},
+        },
+        source="XueZeyue/DanceGRPO issue 19 (16 GPUs): 720 px, guidance 3.5, full fine-tune, "
+        "HPSv2.1 and CLIP score, one loss each",
+    ),
     "flux-8gpu": Preset(
         sigmas=shifted_linear(16, 3.0).tolist(),
         options={"updates": 2},

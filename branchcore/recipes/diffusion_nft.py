@@ -106,9 +106,17 @@ PRESETS = {
     ),
     "sd3.5-m-ocr": Preset(
         sigmas=flow_match_euler(10).tolist(),
-        options={"beta": 0.1, "global_std": True, "updates": 2},
+        options={
+            "beta": 0.1,
+            "global_std": True,
+            "lag": 0.0075,
+            "lag_start": 75,
+            "lag_max": 0.999,
+            "updates": 2,
+        },
         trainer=_TRAINER,
-        source=_SOURCE + "; OCR",
+        source=_SOURCE + "; OCR, as copies of its configuration have it; the release counts the "
+        "lag in optimizer updates, here in iterations",
     ),
     "sd3.5-m-multi-reward": Preset(
         sigmas=flow_match_euler(25).tolist(),

@@ -106,11 +106,31 @@ PRESETS = {
         trainer=_PAPER,
         source="Flow-DPPO with CPS, multi-reward: LoRA 32/64; number of updates not given",
     ),
+    "sd3.5-m-single": Preset(
+        sigmas=flow_match_euler(10).tolist(),
+        options={},
+        trainer=_PAPER,
+        source="Flow-DPPO, one reward (GenEval2): LoRA 32/64; number of updates not given",
+    ),
     "sd3.5-m-released": Preset(
         sigmas=flow_match_euler(10).tolist(),
         options={"noise_level": 0.7, "trust": 1e-5, "global_std": True, "updates": 2},
         trainer={},
         source="Tencent-Hunyuan/UniRL FlowDPPO/config.yaml: 512 px, no CFG, LoRA",
+    ),
+    "flux-single": Preset(
+        sigmas=flux_dynamic(14, 1024).tolist(),
+        options={},
+        trainer=_PAPER,
+        source="Flow-DPPO, FLUX.1-dev, one reward (GenEval2): LoRA 64/128; 14 steps, here at 512 "
+        "px; number of updates not given",
+    ),
+    "flux-cps": Preset(
+        sigmas=flux_dynamic(14, 1024).tolist(),
+        options={"sde": "cps", "credit": "gdpo"},
+        trainer=_PAPER,
+        source="Flow-DPPO with CPS, FLUX.1-dev, multi-reward: LoRA 64/128; 14 steps, here at 512 "
+        "px; number of updates not given",
     ),
     "flux": Preset(
         sigmas=flux_dynamic(14, 1024).tolist(),

@@ -97,6 +97,24 @@ PRESETS = {
         trainer=_TRAINER,
         source="yifan123/flow_grpo pickscore_sd3: 512 px, CFG 4.5, LoRA 32/64 on attention",
     ),
+    "sd3.5-m-no-kl": Preset(
+        sigmas=flow_match_euler(10).tolist(),
+        options={"kl": 0.0, "global_std": True, "updates": 2},
+        trainer=_TRAINER,
+        source="arXiv 2505.05470, OCR and PickScore without KL: 512 px, CFG 4.5, LoRA 32/64",
+    ),
+    "sd3.5-m-1gpu": Preset(
+        sigmas=flow_match_euler(10).tolist(),
+        options={"group": 8, "global_std": True, "updates": 2},
+        trainer={**_TRAINER, "prompts_per_iteration": 8},
+        source="yifan123/flow_grpo demo configuration for one GPU: 512 px, CFG 4.5, LoRA 32/64",
+    ),
+    "sd3.5-m-4gpu": Preset(
+        sigmas=flow_match_euler(10).tolist(),
+        options={"group": 16, "global_std": True, "updates": 2},
+        trainer={**_TRAINER, "prompts_per_iteration": 16},
+        source="yifan123/flow_grpo demo configuration for four GPUs: 512 px, CFG 4.5, LoRA 32/64",
+    ),
     "flux": Preset(
         sigmas=flux_dynamic(6, 1024).tolist(),
         options={"noise_level": 0.9, "kl": 0.0, "global_std": True, "updates": 2},

@@ -102,7 +102,7 @@ PRESETS = {
     "sd3.5-m-pickscore": Preset(
         sigmas=flow_match_euler(10).tolist(),
         options={"global_std": True, "updates": 2},
-        trainer={**FLOW_GRPO_TRAINER, "prompts_per_iteration": 48, "ema_decay": FLOW_GRPO_EMA},
+        trainer={**FLOW_GRPO_TRAINER, "prompts_per_iteration": 64, "ema_decay": FLOW_GRPO_EMA},
         source="yifan123/flow_grpo pickscore_sd3_fast (July 2025): 512 px, CFG 4.5, LoRA 32/64; "
         "24 nominal samples in trunks of 9",
     ),

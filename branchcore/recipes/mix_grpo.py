@@ -1,7 +1,8 @@
 """MixGRPO (arXiv 2507.21802): a sliding window of stochastic steps, ODE before and after.
 
-A = sum_r w_r (r - mean_group) / (std_group + 1e-8), unbiased std; only the window is trained. All
-samples of a prompt start from one root noise, so that the steps before the window are common.
+A = sum_r w_r (r - mean_group) / (std_group + 1e-8), sum_r w_r = 1, unbiased std; only the window is
+trained. All samples of a prompt start from one root noise, so that the steps before the window are
+common.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def mix_grpo(
     return Recipe(
         name="mix_grpo",
         grow=grow,
-        credit=group_credit(ddof=1, eps=1e-8, reward_first=reward_first, trimmed=trimmed),
+        credit=group_credit(
+            ddof=1, eps=1e-8, reward_first=reward_first, trimmed=trimmed, average=True
+        ),
         objective=ClippedRatio(
             ratio=ratio_of(sde),
             clip=(clip, clip),
@@ -130,6 +133,30 @@ PRESETS = {
         options={"updates": 4},
         trainer=FLUX_TRAINER,
         source=_SCRIPT,
+    ),
+    "flux-random": Preset(
+        sigmas=shifted_linear(25, 3.0).tolist(),
+        options={"schedule": "random", "updates": 4},
+        trainer=FLUX_TRAINER,
+        source=_SCRIPT + "; random windows, here alike on all ranks",
+    ),
+    "flux-linear": Preset(
+        sigmas=shifted_linear(25, 3.0).tolist(),
+        options={"schedule": "linear", "updates": 4},
+        trainer=FLUX_TRAINER,
+        source=_SCRIPT + "; linear decay of the interval",
+    ),
+    "flux-exponential": Preset(
+        sigmas=shifted_linear(25, 3.0).tolist(),
+        options={"schedule": "exponential", "updates": 4},
+        trainer=FLUX_TRAINER,
+        source=_SCRIPT + "; exponential decay of the interval",
+    ),
+    "flux-frozen": Preset(
+        sigmas=shifted_linear(25, 3.0).tolist(),
+        options={"schedule": "frozen", "updates": 4},
+        trainer=FLUX_TRAINER,
+        source=_SCRIPT + "; the first four steps only",
     ),
     "flux-cps": Preset(
         sigmas=shifted_linear(25, 3.0).tolist(),

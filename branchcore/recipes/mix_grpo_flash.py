@@ -112,7 +112,9 @@ def mix_grpo_flash(
     return Recipe(
         name="mix_grpo_flash",
         grow=grow,
-        credit=group_credit(ddof=1, eps=1e-8, reward_first=reward_first, trimmed=trimmed),
+        credit=group_credit(
+            ddof=1, eps=1e-8, reward_first=reward_first, trimmed=trimmed, average=True
+        ),
         objective=ClippedRatio(
             ratio=ratio_of(sde), clip=(clip, clip), kl=kl, log_ratio_penalty=log_ratio_penalty
         ),

@@ -107,6 +107,12 @@ PRESETS: dict[str, Preset] = {
         trainer=_TRAINER,
         source=f"Shredded-Pork/TempFlow-GRPO config pickscore_sd3_pr: {_SD35}",
     ),
+    "sd3.5-m-prompt-groups": Preset(
+        sigmas=flow_match_euler(10).tolist(),
+        options={"grouping": "prompt", "updates": 2},
+        trainer=_TRAINER,
+        source=f"arXiv 2508.04324: groups of 4 x 6 over the prompt; else geneval_sd3_pr: {_SD35}",
+    ),
     "flux": Preset(
         sigmas=flux_dynamic(10, 4096).tolist(),
         options={"noise_level": 0.9, "updates": 2},

@@ -95,7 +95,10 @@ def tree_grpo(
 
 
 _TRAINER: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.01, "prompts_per_iteration": 32}
-_SETTING = "SD3.5-M, HPDv2, 8 GPUs, 250 iterations, batch 32; noise and clip from its repository"
+_SETTING = (
+    "SD3.5-M, HPDv2, 8 GPUs, 250 iterations, batch 32; noise, clip and CFG 4.5 as third parties "
+    "report them of its code"
+)
 
 PRESETS: dict[str, Preset] = {
     "sd3.5-m": Preset(
@@ -103,6 +106,18 @@ PRESETS: dict[str, Preset] = {
         options={"beta": 1.0},
         trainer=_TRAINER,
         source=f"arXiv 2512.08153: {_SETTING}; HPSv2.1",
+    ),
+    "sd3.5-m-k4": Preset(
+        sigmas=flow_match_euler(10).tolist(),
+        options={"branching": 4, "beta": 1.0},
+        trainer=_TRAINER,
+        source=f"arXiv 2512.08153: {_SETTING}; its ablation with the best HPSv2.1",
+    ),
+    "sd3.5-m-two-trees": Preset(
+        sigmas=flow_match_euler(10).tolist(),
+        options={"trees": 2, "beta": 1.0},
+        trainer=_TRAINER,
+        source=f"arXiv 2512.08153: {_SETTING}; its ablation with two trees per prompt",
     ),
     "sd3.5-m-hps-clip": Preset(
         sigmas=flow_match_euler(10).tolist(),
