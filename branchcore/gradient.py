@@ -87,14 +87,15 @@ def gradient(
 ) -> Statistics:
     """Adds the objective's gradient of one optimizer update to the model's parameters.
 
-    loss = sum over edges of weight * (-A+ min(r, clip r) + A- max(r, clip r) + KL) / num_planned.
+    loss = sum over edges of weight * (the objective's term + KL) / num_planned; the clipped ratio's
+    term is -A+ min(r, clip r) + A- max(r, clip r).
 
     Args:
         forest: of `rollout`; its tape serves update 0 and is emptied by it.
         model: the same prompts as in the rollout.
         advantage_M2: (M, 2) float64 (A+, A-) of `credit.split_sign`.
         weight_M: (M,) float64 edge weights of `prune`; 0 costs nothing.
-        objective: ratio, clip and KL.
+        objective: what is minimised on these edges.
         update: which of the plan's updates.
         anchor: v_old of nodes that are not on the tape: "detach" takes the new velocity itself
             (ratio exactly 1; right before any update), "rollout" the stored one; "auto" is detach
