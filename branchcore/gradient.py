@@ -208,12 +208,15 @@ def _terms(
     objective: Objective,
 ) -> list[_Terms]:
     """Uploads what all micro-batches need: one transfer of indices, one of floats."""
+    if not batches:
+        return []
     plan, device = forest.plan, forest.x.device
     together = plan.group(objective.together) if objective.together else np.zeros(len(plan), int)
     arrays: list[Ints] = []
     floats: list[Floats] = []
-    widths: list[int] = []
-    for batch in batches:
+    numbers_EC = objective.numbers(plan, np.concatenate([batch.edges for batch in batches]))
+    parts = np.split(numbers_EC, np.cumsum([len(batch.edges) for batch in batches])[:-1])
+    for batch, numbers in zip(batches, parts, strict=True):
         nodes, edges, start = batch[:3]
         group = np.unique(together[edges], return_inverse=True)[1].reshape(-1)
         images = forest.slot[plan.parent[edges[plan.matching[edges]]]]
@@ -222,19 +225,17 @@ def _terms(
         kl_N = np.zeros(len(nodes))
         owner = np.repeat(np.arange(len(nodes)), np.diff(start))
         np.add.at(kl_N, owner, weight_M[edges] * objective.kl_factor(row, dt))
-        numbers, advantage = objective.numbers(plan, edges), advantage_M2[edges]
-        widths.append(numbers.shape[1])
-        floats += [numbers.ravel(), advantage.ravel(), weight_M[edges], kl_N]
+        floats += [numbers.ravel(), advantage_M2[edges].ravel(), weight_M[edges], kl_N]
     index, number = iter(upload(arrays, device)), iter(upload(floats, device))
     terms: list[_Terms] = []
-    for width in widths:
+    for _ in batches:
         rows, slots, local, start, edges, group, images = (next(index) for _ in range(7))
         numbers, advantage, weight, kl = (next(number) for _ in range(4))
         edge_terms = Edges(
             child_start=start,
             noise=Noise(forest.noise.key, forest.noise.counter[edges], forest.noise.mix[edges]),
             image=forest.x[images],
-            numbers=numbers.view(len(edges), width),
+            numbers=numbers.view(len(edges), numbers_EC.shape[1]),
             advantage=advantage.view(-1, 2),
             weight=weight,
             group=group,

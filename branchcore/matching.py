@@ -190,8 +190,6 @@ class Preference(Matching):
 
     beta: float = 100.0
     """Inverse temperature of the group's sum."""
-    groups: tuple[str, ...] = ("prompt", "label")
-    """Columns of the plan whose edges share a term: they have the same time and noise."""
     anchor: ClassVar[Literal["policy", "reference", "none"]] = "reference"
 
     def __post_init__(self) -> None:
@@ -201,12 +199,12 @@ class Preference(Matching):
 
     @property
     def together(self) -> tuple[str, ...]:
-        """The groups that share a term."""
-        return self.groups
+        """A prompt's edges of one label share a term: they have the same time and noise."""
+        return ("prompt", "label")
 
     def numbers(self, plan: Plan, edges: Ints) -> Floats:
         """Returns (E, 1): planned over given edges of the group, so that a group counts whole."""
-        group = plan.group(self.groups)
+        group = plan.group(self.together)
         planned = np.bincount(group[plan.trained()], minlength=len(plan))
         given = np.bincount(group[edges], minlength=len(plan))
         return (planned / np.maximum(given, 1))[group[edges]][:, None]

@@ -121,21 +121,23 @@ def linear_sde(sigma_min: float, sigma_max: float) -> Step:
     return step
 
 
-def sde(name: str, noise_level: float, sigmas: Sequence[float]) -> Step:
+def named_sde(name: str, noise_level: float, sigmas: Sequence[float]) -> Step:
     """Returns a stochastic step by name: what recipes offer as an option.
 
     Args:
-        name: "flow_sde", "dance_sde" or "cps".
+        name: "flow_sde", "dance_sde", "cps", or "linear_sde" as Flow-GRPO has it for Wan,
+            `g = noise_level * sigmas[1] * sigma`, noise_level 1.
         noise_level: its a or eta.
-        sigmas: the schedule; flow_sde takes its second level.
+        sigmas: the schedule, whose second level flow_sde and linear_sde take.
     """
     kinds: dict[str, Callable[[], Step]] = {
         "flow_sde": lambda: flow_sde(noise_level, float(sigmas[1])),
         "dance_sde": lambda: dance_sde(noise_level),
         "cps": lambda: cps(noise_level),
+        "linear_sde": lambda: linear_sde(0.0, noise_level * float(sigmas[1])),
     }
     if name not in kinds:
-        raise ValueError(f"sde: name must be from {tuple(kinds)}, got {name!r}")
+        raise ValueError(f"named_sde: name must be from {tuple(kinds)}, got {name!r}")
     return kinds[name]()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -219,12 +220,14 @@ class Trainer:
     def _fast_steps(self, before: FastPath, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Takes the other fast steps of SFPO, goes back and takes the corrective step."""
         norms: list[torch.Tensor] = []
-        deviation = 0.0
+        share, limit = self.config.fast_share, self.config.fast_limit
         for _ in range(1, self.config.fast_steps):
             ratio = self._update(batches, 0).ratio
-            deviation = float(ratio.sum_abs_dev / ratio.edges.clamp(min=1))
             norms.append(self._optimizer_step(0))
-        before.go_back(0.0 if deviation > self.config.fast_limit else self.config.fast_share)
+            if limit < math.inf:
+                far = bool(ratio.sum_abs_dev > limit * ratio.edges)
+                share = 0.0 if far else self.config.fast_share
+        before.go_back(share)
         self._update(batches, 0)
         return [*norms, self._optimizer_step(0)]
 

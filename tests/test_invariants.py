@@ -299,7 +299,7 @@ def test_27_multistep_needs_its_history():
     [
         (lambda: steps.linear_sde(0.1, 0.0), "sigma_max must be positive, got 0.0"),
         (lambda: steps.linear_sde(0.4, 0.3), r"sigma_min must be in \[0, sigma_max\], got 0.4"),
-        (lambda: steps.sde("heun", 0.3, SG), "name must be from .*got 'heun'"),
+        (lambda: steps.named_sde("heun", 0.3, SG), "name must be from .*got 'heun'"),
     ],
 )
 def test_bad_steps_are_one_clear_error(call, message):

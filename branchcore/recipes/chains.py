@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from branchcore.plan import Ints
-from branchcore.steps import Step, euler, linear_sde, renoise, sde
+from branchcore.steps import Step, euler, renoise
 from branchcore.tree import Tree
 
 FLOW_GRPO_TRAINER: Mapping[str, Any] = {
@@ -64,16 +64,6 @@ def grow_chains(
         else:
             x = t.grow(x, sigma, euler)
     return x
-
-
-def chain_step(name: str, noise_level: float, sigmas: Sequence[float]) -> Step:
-    """Returns a stochastic step by name: those of `steps.sde`, and "linear_sde".
-
-    The latter is Flow-GRPO's step for Wan, `g = noise_level * sigmas[1] * sigma`, noise_level 1.
-    """
-    if name == "linear_sde":
-        return linear_sde(0.0, noise_level * float(sigmas[1]))
-    return sde(name, noise_level, sigmas)
 
 
 def ratio_of(name: str) -> Literal["gaussian", "cps"]:

@@ -13,7 +13,7 @@ import numpy as np
 from branchcore.credit import Floats
 from branchcore.objective import ClippedRatio
 from branchcore.plan import Plan
-from branchcore.recipes.chains import chain_step, check_group, grow_chains, ratio_of
+from branchcore.recipes.chains import check_group, grow_chains, ratio_of
 from branchcore.recipes.credits import group_credit
 from branchcore.recipes.recipe import (
     Moment,
@@ -24,6 +24,7 @@ from branchcore.recipes.recipe import (
     keeps_options,
 )
 from branchcore.schedule import shifted_linear
+from branchcore.steps import named_sde
 from branchcore.tree import Tree
 
 
@@ -47,7 +48,7 @@ def dance_grpo(
     Args:
         sigmas: (T + 1,) schedule; FLUX: shifted_linear(16, 3).
         group: chains per prompt.
-        sde: "dance_sde"; others see `chains.chain_step`.
+        sde: "dance_sde"; others see `steps.named_sde`.
         eta: diffusion of the SDE, or the a or eta of another.
         fraction: share of the first T - 1 steps that a sample trains.
         best_of: train only the best and the worst best_of / 2 leaves of a group; statistics still
@@ -71,7 +72,7 @@ def dance_grpo(
     kept = group if best_of is None else best_of
     if not 2 <= kept <= group:
         raise ValueError(f"dance_grpo: best_of must be in 2..{group}, got {best_of}")
-    step = chain_step(sde, eta, sg)
+    step = named_sde(sde, eta, sg)
 
     def grow(t: Tree, at: Moment) -> None:
         order = at.rng.permuted(np.tile(np.arange(num_steps), (group, 1)), axis=1)[:, :num_trained]

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 from branchcore.objective import ClippedRatio
 from branchcore.recipes.branching import check_leaves, grow_branching, window_factors
-from branchcore.recipes.chains import chain_step, ratio_of
+from branchcore.recipes.chains import ratio_of
 from branchcore.recipes.credits import leaf_credit
 from branchcore.recipes.recipe import Moment, Recipe, check_sigmas, check_updates, keeps_options
 from branchcore.recipes.windows import SlidingWindow
+from branchcore.steps import named_sde
 from branchcore.tree import Tree
 
 
@@ -46,7 +47,7 @@ def dynamic_tree_rpo(
             to (1 + growth) times it.
         noise_level: of the first depth, if noise_levels is None.
         growth: relative rise over the depths, if noise_levels is None.
-        sde: step inside the window, a name for `chains.chain_step`.
+        sde: step inside the window, a name for `steps.named_sde`.
         start: first step of the window at iteration 0.
         schedule: how the window moves on, MixGRPO's: see `windows`; "frozen" stays.
         interval: iterations that the window stays at a place.
@@ -74,7 +75,7 @@ def dynamic_tree_rpo(
             f"dynamic_tree_rpo: noise_levels must be one per depth ({size}), got "
             f"{len(noise_levels)}"
         )
-    steps = [chain_step(sde, level, sg) for level in noise_levels]
+    steps = [named_sde(sde, level, sg) for level in noise_levels]
 
     def grow(t: Tree, at: Moment) -> None:
         inside = window.at(at)

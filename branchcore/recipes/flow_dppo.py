@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from branchcore.objective import MaskedRatio
 from branchcore.recipes.chains import (
-    chain_step,
     check_group,
     grow_chains,
     ratio_of,
@@ -26,6 +25,7 @@ from branchcore.recipes.recipe import (
     keeps_options,
 )
 from branchcore.schedule import flow_match_euler, flux_dynamic
+from branchcore.steps import named_sde
 from branchcore.tree import Tree
 
 
@@ -49,7 +49,7 @@ def flow_dppo(
         sigmas: (T + 1,) schedule; SD3.5-M: flow_match_euler(10).
         group: chains per prompt, each from its own root noise.
         sde_steps: stochastic steps, drawn from the first T // 2.
-        sde: "flow_sde" or "cps" in the paper; see `chains.chain_step`.
+        sde: "flow_sde" or "cps" in the paper; see `steps.named_sde`.
         noise_level: its a or eta.
         trust: delta per latent element; None = the paper's, 1e-6 for cps, else 1e-7. 1e-5 in the
             released configuration.
@@ -70,7 +70,7 @@ def flow_dppo(
         raise ValueError(f"flow_dppo: credit must be 'group' or 'gdpo', got {credit!r}")
     if global_std and credit == "gdpo":
         raise ValueError("flow_dppo: global_std must be False with credit 'gdpo', got True")
-    step = chain_step(sde, noise_level, sg)
+    step = named_sde(sde, noise_level, sg)
 
     def grow(t: Tree, at: Moment) -> None:
         drawn = set(at.shared_rng.choice(half, sde_steps, replace=False).tolist())

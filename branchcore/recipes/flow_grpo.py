@@ -12,7 +12,6 @@ from branchcore.objective import ClippedRatio
 from branchcore.recipes.chains import (
     FLOW_GRPO_EMA,
     FLOW_GRPO_TRAINER,
-    chain_step,
     check_group,
     grow_chains,
     ratio_of,
@@ -27,6 +26,7 @@ from branchcore.recipes.recipe import (
     keeps_options,
 )
 from branchcore.schedule import flow_match_euler, flux_dynamic, shifted_linear
+from branchcore.steps import named_sde
 from branchcore.tree import Tree
 
 
@@ -48,7 +48,7 @@ def flow_grpo(
     Args:
         sigmas: (T + 1,) schedule; SD3.5-M: flow_match_euler(10).
         group: chains per prompt, each from its own root noise.
-        sde: "flow_sde", "dance_sde", "cps", or "linear_sde" (Wan), see `chains.chain_step`.
+        sde: "flow_sde", "dance_sde", "cps", or "linear_sde" (Wan), see `steps.named_sde`.
         noise_level: its a or eta; 0.7 SD3.5-M, 0.9 FLUX.
         clip: PPO clip range.
         kl: weight of the KL to the base model; 0.04 GenEval and OCR, 0.01 PickScore, 0 FLUX.
@@ -61,7 +61,7 @@ def flow_grpo(
     sg = check_sigmas("flow_grpo", sigmas)
     check_group("flow_grpo", group)
     check_updates("flow_grpo", updates, group)
-    step = chain_step(sde, noise_level, sg)
+    step = named_sde(sde, noise_level, sg)
 
     def grow(t: Tree, _at: Moment) -> None:
         t.leaf(grow_chains(t, sg, step, range(len(sg) - 2), group=group, updates=updates))

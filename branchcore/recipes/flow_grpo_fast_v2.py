@@ -15,7 +15,6 @@ from branchcore.objective import ClippedRatio
 from branchcore.recipes.chains import (
     FLOW_GRPO_EMA,
     FLOW_GRPO_TRAINER,
-    chain_step,
     check_group,
     check_window,
     grow_chains,
@@ -31,6 +30,7 @@ from branchcore.recipes.recipe import (
     keeps_options,
 )
 from branchcore.schedule import flow_match_euler, flux_dynamic
+from branchcore.steps import named_sde
 from branchcore.tree import Tree
 
 
@@ -58,7 +58,7 @@ def flow_grpo_fast_v2(
         window: stochastic steps.
         first: first step that a window may have.
         last: one past the last step that a window may have; None = T // 2, as published.
-        sde: "cps", or "flow_sde" (Qwen-Image); see `chains.chain_step`.
+        sde: "cps", or "flow_sde" (Qwen-Image); see `steps.named_sde`.
         noise_level: its a or eta.
         clip: PPO clip range.
         kl: weight of the KL to the base model; none published.
@@ -81,7 +81,7 @@ def flow_grpo_fast_v2(
     check_window("flow_grpo_fast_v2", window, end - first, f"from {first} to {end - 1}")
     if per not in ("prompt", "iteration"):
         raise ValueError(f"flow_grpo_fast_v2: per must be 'prompt' or 'iteration', got {per!r}")
-    step = chain_step(sde, noise_level, sg)
+    step = named_sde(sde, noise_level, sg)
 
     def grow(t: Tree, at: Moment) -> None:
         rng = at.rng if per == "prompt" else at.shared_rng

@@ -13,9 +13,10 @@ from typing import Literal
 
 from branchcore.objective import ClippedRatio
 from branchcore.recipes.branching import grow_trunks
-from branchcore.recipes.chains import chain_step, ratio_of
+from branchcore.recipes.chains import ratio_of
 from branchcore.recipes.credits import depth_credit, noise_weight, weighted
 from branchcore.recipes.recipe import Moment, Recipe, check_sigmas, check_updates, keeps_options
+from branchcore.steps import named_sde
 from branchcore.tree import Tree
 
 
@@ -39,7 +40,7 @@ def instant_rewards(
         sigmas: (T + 1,) schedule.
         trunks: ODE trunks per prompt, each from its own noise.
         children: stochastic children of every trunk state but the last.
-        sde: their step, a name for `chains.chain_step`.
+        sde: their step, a name for `steps.named_sde`.
         noise_level: its a or eta.
         clip: PPO clip range.
         kl: weight of the KL to the base model.
@@ -51,7 +52,7 @@ def instant_rewards(
     if children < 2:
         raise ValueError(f"instant_rewards: children must be at least 2, got {children}")
     check_updates("instant_rewards", updates, trunks)
-    step = chain_step(sde, noise_level, sg)
+    step = named_sde(sde, noise_level, sg)
     size = {"trunks": trunks, "children": children, "updates": updates}
 
     def grow(t: Tree, _at: Moment) -> None:

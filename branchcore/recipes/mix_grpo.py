@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from branchcore.objective import ClippedRatio
-from branchcore.recipes.chains import chain_step, check_group, grow_chains, ratio_of
+from branchcore.recipes.chains import check_group, grow_chains, ratio_of
 from branchcore.recipes.credits import group_credit
 from branchcore.recipes.recipe import (
     Moment,
@@ -23,6 +23,7 @@ from branchcore.recipes.recipe import (
 )
 from branchcore.recipes.windows import SlidingWindow
 from branchcore.schedule import flow_match_euler, shifted_linear
+from branchcore.steps import named_sde
 from branchcore.tree import Tree
 
 
@@ -64,7 +65,7 @@ def mix_grpo(
         start: first step of the first window.
         roll_back: start anew after the last window instead of staying there.
         cut: let windows shrink at step T - 2, as released, instead of keeping their length.
-        sde: "flow_sde", or "cps" (the paper's best); see `chains.chain_step`.
+        sde: "flow_sde", or "cps" (the paper's best); see `steps.named_sde`.
         noise_level: its a or eta; 0.7, 0.8 for cps.
         clip: PPO clip range.
         kl: weight of the KL to the base model; 0 on FLUX, 0.001 on SD3.5-M.
@@ -90,7 +91,7 @@ def mix_grpo(
         roll_back=roll_back,
         cut=cut,
     )
-    step = chain_step(sde, noise_level, sg)
+    step = named_sde(sde, noise_level, sg)
 
     def grow(t: Tree, at: Moment) -> None:
         steps = moving.at(at)

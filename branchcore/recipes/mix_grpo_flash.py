@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from branchcore.objective import ClippedRatio
-from branchcore.recipes.chains import chain_step, check_group, grow_chains, ratio_of
+from branchcore.recipes.chains import check_group, grow_chains, ratio_of
 from branchcore.recipes.credits import group_credit
 from branchcore.recipes.mix_grpo import FLUX_TRAINER
 from branchcore.recipes.recipe import (
@@ -27,7 +27,7 @@ from branchcore.recipes.recipe import (
 )
 from branchcore.recipes.windows import SlidingWindow
 from branchcore.schedule import shifted_linear
-from branchcore.steps import dpmpp
+from branchcore.steps import dpmpp, named_sde
 from branchcore.tree import Tree
 
 
@@ -73,7 +73,7 @@ def mix_grpo_flash(
         order: of the solver, 1 to 3.
         shift: of the schedule, so that it can be taken back for the tail.
         noisy_leaves: decode what is left of the noise where n = 1, as released.
-        sde: "flow_sde" or "cps"; see `chains.chain_step`.
+        sde: "flow_sde" or "cps"; see `steps.named_sde`.
         noise_level: its a or eta.
         clip: PPO clip range.
         kl: weight of the KL to the base model; 0 in the script.
@@ -100,7 +100,7 @@ def mix_grpo_flash(
         start=start,
         roll_back=roll_back,
     )
-    step, solver = chain_step(sde, noise_level, sg), dpmpp(order, warm_up=True)
+    step, solver = named_sde(sde, noise_level, sg), dpmpp(order, warm_up=True)
 
     def grow(t: Tree, at: Moment) -> None:
         steps = moving.at(at)

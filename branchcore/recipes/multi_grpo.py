@@ -14,9 +14,10 @@ from typing import Literal
 
 from branchcore.objective import ClippedRatio
 from branchcore.recipes.branching import check_splits, grow_branching, scaled_splits
-from branchcore.recipes.chains import chain_step, ratio_of
+from branchcore.recipes.chains import ratio_of
 from branchcore.recipes.credits import depth_credit
 from branchcore.recipes.recipe import Moment, Recipe, check_sigmas, check_updates, keeps_options
+from branchcore.steps import named_sde
 from branchcore.tree import Tree
 
 
@@ -41,7 +42,7 @@ def multi_grpo(
         roots: trees per prompt, each from its own noise.
         splits: split steps, or a density for `scaled_splits`.
         branching: children per split.
-        sde: the stochastic step, a name for `chains.chain_step`.
+        sde: the stochastic step, a name for `steps.named_sde`.
         noise_level: its a or eta.
         clip: PPO clip range.
         kl: weight of the KL to the base model.
@@ -53,7 +54,7 @@ def multi_grpo(
     chosen = scaled_splits(splits, len(sg) - 1) if isinstance(splits, str) else tuple(splits)
     children = check_splits("multi_grpo", chosen, branching, steps, roots=roots)
     check_updates("multi_grpo", updates)
-    every = dict.fromkeys(range(steps), chain_step(sde, noise_level, sg))
+    every = dict.fromkeys(range(steps), named_sde(sde, noise_level, sg))
 
     def grow(t: Tree, at: Moment) -> None:
         t.leaf(grow_branching(t, sg, children, every, roots=roots))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from branchcore.objective import ClippedRatio
 from branchcore.recipes.branching import grow_trunks
-from branchcore.recipes.chains import FLOW_GRPO_EMA, FLOW_GRPO_TRAINER, chain_step, ratio_of
+from branchcore.recipes.chains import FLOW_GRPO_EMA, FLOW_GRPO_TRAINER, ratio_of
 from branchcore.recipes.credits import depth_credit, noise_weight, weighted
 from branchcore.recipes.recipe import (
     Moment,
@@ -23,6 +23,7 @@ from branchcore.recipes.recipe import (
     keeps_options,
 )
 from branchcore.schedule import flow_match_euler, flux_dynamic
+from branchcore.steps import named_sde
 from branchcore.tree import Tree
 
 _GROUPS = {"parent": ("parent",), "prompt": ("prompt", "depth")}
@@ -49,7 +50,7 @@ def tempflow_grpo(
         sigmas: (T + 1,) schedule; SD3.5-M: flow_match_euler(10).
         trunks: ODE trunks per prompt, each from its own noise.
         children: stochastic children of every trunk state but the last.
-        sde: their step, a name for `chains.chain_step`.
+        sde: their step, a name for `steps.named_sde`.
         noise_level: its a or eta; 0.7 SD3.5-M, 0.9 FLUX.
         clip: PPO clip range.
         kl: weight of the KL to the base model; 0.004 GenEval and FLUX, 0.001 PickScore.
@@ -70,7 +71,7 @@ def tempflow_grpo(
             f"of {trunks} trunks"
         )
     check_updates("tempflow_grpo", updates, trunks)
-    step = chain_step(sde, noise_level, sg)
+    step = named_sde(sde, noise_level, sg)
     size = {"trunks": trunks, "children": children, "updates": updates}
 
     def grow(t: Tree, _at: Moment) -> None:

@@ -18,7 +18,7 @@ from branchcore.recipes.branching import (
     grow_branching,
     window_factors,
 )
-from branchcore.recipes.chains import chain_step, ratio_of
+from branchcore.recipes.chains import ratio_of
 from branchcore.recipes.credits import leaf_credit
 from branchcore.recipes.recipe import (
     Moment,
@@ -29,6 +29,7 @@ from branchcore.recipes.recipe import (
     keeps_options,
 )
 from branchcore.schedule import flow_match_euler
+from branchcore.steps import named_sde
 from branchcore.tree import Tree
 
 
@@ -56,7 +57,7 @@ def tree_grpo(
         depth: steps of the window; a sequence of branching has its own length instead.
         ratio: r of the window's start, in (0, 1]; small r favours early steps, 1 is uniform.
         trees: trees per prompt, each from its own noise; their leaves are one group.
-        sde: step inside the window, a name for `chains.chain_step`.
+        sde: step inside the window, a name for `steps.named_sde`.
         noise_level: its a or eta.
         beta: siblings weigh in with softmax(beta * mean log-probability); the paper's 1 counts the
             probability twice, which is biased; 0 = uniform.
@@ -74,7 +75,7 @@ def tree_grpo(
     if start is not None:
         check_start("tree_grpo", start, len(factors), num_steps)
     check_updates("tree_grpo", updates)
-    step = chain_step(sde, noise_level, sg)
+    step = named_sde(sde, noise_level, sg)
 
     def grow(t: Tree, at: Moment) -> None:
         positions = num_steps - len(factors)
