@@ -8,39 +8,89 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import ModuleType, TracebackType
 from typing import Any
 
 import torch  # before _C, so that both share one OpenMP runtime
 
 LIBRARY = torch.library.Library("branchcore", "DEF")
-IMPLEMENTATIONS = ("cpp", "reference")
-CPP_DTYPES = (torch.float32, torch.bfloat16)
+# In the order of preference.
+IMPLEMENTATIONS = ("cuda", "triton", "cpp", "reference")
+FAST_DTYPES = (torch.float32, torch.bfloat16)
 
-_ops: list[str] = []
+_ops: dict[str, tuple[str, ...]] = {}
 _forced: str | None = None
 
 
-def _load_native() -> tuple[str, ModuleType | None]:
-    """Import the kernels for this CPU's instruction set, if the package has been built."""
+def _load_native() -> tuple[str, ModuleType | None, ModuleType | None]:
+    """Import the kernels for this CPU's instruction set and for CUDA, as far as they are built."""
     if importlib.util.find_spec("branchcore._C") is None:
-        return "none", None
+        return "none", None, None
     module = importlib.import_module("branchcore._C")
     isa: str = module.best_isa()
-    return isa, getattr(module, isa)
+    return isa, getattr(module, isa), getattr(module, "cuda", None)
 
 
-ISA, _native = _load_native()
+ISA, _native, _cuda = _load_native()
+# Where CUDA kernels run; a test that emulates them on the host changes it.
+_cuda_device = "cuda"
 
 
 def native() -> ModuleType:
-    """Give the compiled kernels; raises if the package has not been built."""
+    """Give the compiled CPU kernels; raises if the package has not been built."""
     if _native is None:
         raise RuntimeError(
             "branchcore: implementation 'cpp' needs the compiled module branchcore._C, "
             "got a checkout without it; try pip install -e ."
         )
     return _native
+
+
+def cuda() -> ModuleType:
+    """Give the compiled CUDA kernels; raises if they have not been built."""
+    if _cuda is None:
+        raise RuntimeError(
+            "branchcore: implementation 'cuda' needs a build with CUDA, got one without; "
+            "try BRANCHCORE_CUDA=ON pip install ."
+        )
+    return _cuda
+
+
+def triton_kernels(op: str) -> ModuleType:
+    """Import the Triton kernels of an op; raises if Triton is not installed."""
+    if not has_triton():
+        raise RuntimeError(
+            "branchcore: implementation 'triton' needs the package triton, got none; "
+            "try pip install 'branchcore[triton]'"
+        )
+    return importlib.import_module(f"branchcore.kernels.{op}")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported; it is not imported to find out."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on, so that its kernels run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def stream(tensor: torch.Tensor) -> tuple[int, int]:
+    """Name the device and the stream of a launch: what every CUDA kernel takes last."""
+    if not tensor.is_cuda:
+        return 0, 0
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Copy a tensor whose last axis is not contiguous; GPU kernels take any stride of rows."""
+    if tensor is None or tensor.dim() == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def _known(name: str | None) -> str | None:
@@ -50,6 +100,10 @@ def _known(name: str | None) -> str | None:
         )
     if name == "cpp":
         native()
+    if name == "cuda":
+        cuda()
+    if name == "triton" and not has_triton():
+        triton_kernels("")
     return name
 
 
@@ -57,11 +111,11 @@ class use:
     """Force an implementation for every op, until the next call or to the end of the block.
 
     Args:
-        name: "cpp", "reference", or None for the automatic choice.
+        name: "cuda", "triton", "cpp", "reference", or None for the automatic choice.
 
     Raises:
         ValueError: there is no such implementation.
-        RuntimeError: it is not built on this machine.
+        RuntimeError: it is not built or installed on this machine.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -82,16 +136,64 @@ class use:
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Name the implementation that `op` runs with on this device and dtype."""
-    supported = device.type == "cpu" and dtype in CPP_DTYPES
+    """Name the implementation that `op` runs with on this device and dtype.
+
+    The automatic choice is the first of `IMPLEMENTATIONS` that the op has and that can run there.
+
+    Raises:
+        NotImplementedError: the forced one cannot.
+    """
     if _forced is None:
-        return "cpp" if supported and _native is not None else "reference"
-    if _forced == "cpp" and not supported:
+        return next(name for name in _ops[op] if obstacle(name, device, dtype) is None)
+    if _forced not in _ops[op]:
         raise NotImplementedError(
-            f"{op}: implementation 'cpp' must run on cpu in float32 or bfloat16, got {device.type} "
-            f"{_short(dtype)}; try branchcore.use(None)"
+            f"{op}: implementation must be one of {', '.join(_ops[op])}, got {_forced!r}; "
+            "try branchcore.use(None)"
+        )
+    why = obstacle(_forced, device, dtype)
+    if why is not None:
+        raise NotImplementedError(
+            f"{op}: implementation {_forced!r} {why}, got {device.type} {_short(dtype)}; "
+            "try branchcore.use(None)"
         )
     return _forced
+
+
+def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say what an implementation lacks to run on this device and dtype; None if nothing."""
+    if name == "reference":
+        return None
+    if dtype not in FAST_DTYPES:
+        return "must run in float32 or bfloat16"
+    if name == "cpp":
+        return _cpp_obstacle(device)
+    if name == "cuda":
+        return _cuda_obstacle(device)
+    if not has_triton():
+        return "needs the package triton"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return "must run on a GPU (or on cpu with TRITON_INTERPRET=1)"
+    return None
+
+
+def _cpp_obstacle(device: torch.device) -> str | None:
+    if _native is None:
+        return "needs the compiled module branchcore._C"
+    return None if device.type == "cpu" else "must run on cpu"
+
+
+def _cuda_obstacle(device: torch.device) -> str | None:
+    if _cuda is None:
+        return "needs a build with CUDA"
+    if device.type != _cuda_device:
+        return "must run on an NVIDIA GPU"
+    return None if device.type == "cpu" else chip_obstacle(device.index or 0)
+
+
+@cache
+def chip_obstacle(index: int) -> str | None:
+    """Say why the compiled CUDA kernels cannot run on this GPU; asked once per device."""
+    return cuda().obstacle(index) or None
 
 
 def _lead(first: torch.Tensor, *_: Any) -> tuple[torch.device, torch.dtype]:
@@ -120,7 +222,7 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"branchcore::{name}", fake, lib=LIBRARY)
-    _ops.append(name)
+    _ops[name] = tuple(other for other in IMPLEMENTATIONS if other in implementations)
     return getattr(torch.ops.branchcore, name).default
 
 
@@ -135,25 +237,44 @@ def register_autograd(
 
 def explain() -> str:
     """Say which implementation every op runs with here, and why."""
-    if _native is None:
-        built = "cpp: not built (no branchcore._C; try pip install -e .)"
-    else:
-        built = f"cpp: built, {ISA} kernels, {torch.get_num_threads()} threads"
     if _forced is None:
         why = "automatic (branchcore.use or BRANCHCORE_IMPL forces one)"
     else:
         why = f"forced to {_forced}"
-    lines = [built, "reference: plain torch, any device and float dtype", f"choice: {why}"]
+    lines = [*_built(), f"choice: {why}"]
     for op in _ops:
-        lines.append(
-            f"  {op}: " + ", ".join(_outcome(op, dtype) for dtype in (*CPP_DTYPES, torch.float64))
-        )
+        for device in devices():
+            outcomes = (_outcome(op, device, dtype) for dtype in (*FAST_DTYPES, torch.float64))
+            lines.append(f"  {op} on {device}: " + ", ".join(outcomes))
     return "\n".join(lines)
 
 
-def _outcome(op: str, dtype: torch.dtype) -> str:
+def devices() -> list[torch.device]:
+    """List the CPU and the GPUs that torch sees."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]
+
+
+def _built() -> list[str]:
+    if _native is None:
+        cpp = "not built (no branchcore._C; try pip install -e .)"
+    else:
+        cpp = f"built, {ISA} kernels, {torch.get_num_threads()} threads"
+    cuda_build = "not built" if _cuda is None else f"built for sm_{_cuda.chips()}"
+    triton = "installed" if has_triton() else "not installed"
+    if has_triton() and interpreted():
+        triton += ", interpreted (TRITON_INTERPRET=1)"
+    return [
+        f"cpp: {cpp}",
+        f"cuda: {cuda_build}",
+        f"triton: {triton}",
+        "reference: plain torch, any device and float dtype",
+    ]
+
+
+def _outcome(op: str, device: torch.device, dtype: torch.dtype) -> str:
     try:
-        return f"{_short(dtype)} {choose(op, torch.device('cpu'), dtype)}"
+        return f"{_short(dtype)} {choose(op, device, dtype)}"
     except NotImplementedError:
         return f"{_short(dtype)} refused"
 

@@ -46,6 +46,16 @@ class OpSpec:
     """Inputs with a gradient."""
     factor: float = 1.0
     """Widens the bound; the module that sets it says why."""
+    parts: Callable[[Inputs], Iterator["Part"]] | None = None
+    """Cuts a call into calls whose results must keep their bits; by default one per parent."""
+
+
+class Part(NamedTuple):
+    """A piece of a call that can be run alone, and where its results lie in those of the whole."""
+
+    inputs: Inputs
+    rows: dict[str, slice]
+    """Slice of the leading axis per result or gradient; what is not named sums over parts."""
 
 
 class Outcome(NamedTuple):
@@ -93,7 +103,9 @@ def evaluate(spec: OpSpec, run: Callable[..., Any], inputs: Inputs) -> dict[str,
     """Run once and name every result and every gradient, for a fixed cotangent."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in spec.differentiable}
     results = dict(_named(run(**{**inputs, **leaves}), spec.results))
-    cotangents = {n: normal(r.shape, r.dtype, i) for i, (n, r) in enumerate(results.items())}
+    cotangents = {
+        n: normal(r.shape, r.dtype, i).to(r.device) for i, (n, r) in enumerate(results.items())
+    }
     graded = [name for name, result in results.items() if result.requires_grad]
     if graded:
         grads = torch.autograd.grad(
@@ -149,7 +161,7 @@ def one_row(inputs: Inputs, row: int) -> Inputs:
     def cut(name: str, value: Any) -> Any:
         axis = name.rpartition("_")[2][:1]
         if name == "child_start":
-            return None if value is None else torch.tensor([0, last - first])
+            return None if value is None else value.new_tensor([0, last - first])
         if isinstance(value, Noise):
             return value._replace(counter=value.counter[first:last], mix=value.mix[first:last])
         if not isinstance(value, Tensor):
@@ -157,6 +169,52 @@ def one_row(inputs: Inputs, row: int) -> Inputs:
         return value[row : row + 1] if axis == "N" else value[first:last]
 
     return {name: cut(name, value) for name, value in inputs.items()}
+
+
+def parents(inputs: Inputs) -> Iterator[Part]:
+    """Cut a call into one part per parent, by the shape suffixes of its inputs."""
+    num_parents = next(len(value) for name, value in inputs.items() if _is_row(name, value))
+    starts = inputs.get("child_start")
+    for row in range(num_parents):
+        node = slice(row, row + 1)
+        edges = node if starts is None else slice(*starts[row : row + 2].tolist())
+        yield Part(one_row(inputs, row), {"N": node, "M": edges, "E": edges})
+
+
+def _is_row(name: str, value: object) -> bool:
+    return name == "noise" or (isinstance(value, Tensor) and name.rpartition("_")[2][0] == "N")
+
+
+def alone_and_together(spec: OpSpec, inputs: Inputs) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Run a call whole and in parts: (name, of the part alone, of the part in the whole)."""
+    together = ones(spec, inputs)
+    for part in (spec.parts or parents)(inputs):
+        for name, alone in ones(spec, part.inputs).items():
+            where = part.rows.get(name, part.rows.get(name.rpartition("_")[2][:1]))
+            if where is not None:
+                yield name, alone, together[name][where]
+
+
+def ones(spec: OpSpec, inputs: Inputs) -> dict[str, Tensor]:
+    """Results and gradients, for a cotangent of ones, which does not see the batch."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in spec.differentiable}
+    results = dict(_named(spec.op(**{**inputs, **leaves}), spec.results))
+    graded = [value.sum() for value in results.values() if value.requires_grad]
+    if graded:
+        grads = torch.autograd.grad(graded, list(leaves.values()))
+        results |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {name: value.detach() for name, value in results.items()}
+
+
+def to(inputs: Inputs, device: torch.device) -> Inputs:
+    """Move every tensor and every noise to a device."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Noise):
+            return Noise(*(part.to(device) for part in value))
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return {name: moved(value) for name, value in inputs.items()}
 
 
 def normal(

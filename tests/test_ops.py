@@ -178,28 +178,34 @@ def test_use_forces_and_restores() -> None:
     dtypes = torch.float32, torch.float64
     cpu = torch.device("cpu")
     with _dispatch.use("reference"):
-        assert [_dispatch.choose("op", cpu, dtype) for dtype in dtypes] == ["reference"] * 2
+        assert [_dispatch.choose("branch_step", cpu, dtype) for dtype in dtypes] == [
+            "reference"
+        ] * 2
         with _dispatch.use(None):
-            assert [_dispatch.choose("op", cpu, t) for t in dtypes] == ["cpp", "reference"]
-        assert _dispatch.choose("op", cpu, torch.float32) == "reference"
+            assert [_dispatch.choose("branch_step", cpu, t) for t in dtypes] == ["cpp", "reference"]
+        assert _dispatch.choose("branch_step", cpu, torch.float32) == "reference"
         assert "forced to reference" in _dispatch.explain()
     _dispatch.use("cpp")
     assert "float64 refused" in _dispatch.explain()
-    with pytest.raises(NotImplementedError, match="'cpp' must run on cpu in float32 or bfloat16"):
+    with pytest.raises(NotImplementedError, match="'cpp' must run in float32 or bfloat16, got cpu"):
         ops.philox_normal(testing.draws((1,)), 4, torch.float64)
     _dispatch.use(None)
-    assert "philox_normal: float32 cpp, bfloat16 cpp, float64 reference" in _dispatch.explain()
+    assert (
+        "philox_normal on cpu: float32 cpp, bfloat16 cpp, float64 reference" in _dispatch.explain()
+    )
 
 
 def test_use_names_what_there_is() -> None:
-    with pytest.raises(ValueError, match="name must be None or one of cpp, reference, got 'gpu'"):
+    with pytest.raises(
+        ValueError, match="name must be None or one of cuda, triton, cpp, reference, got 'gpu'"
+    ):
         _dispatch.use("gpu")
 
 
 def test_missing_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_native", None)
     assert "cpp: not built" in _dispatch.explain()
-    assert "branch_step: float32 reference" in _dispatch.explain()
+    assert "branch_step on cpu: float32 reference" in _dispatch.explain()
     with pytest.raises(RuntimeError, match="needs the compiled module"):
         _dispatch.use("cpp")
 
@@ -222,7 +228,9 @@ SHOW = "from branchcore._dispatch import explain; print(explain())"
 def test_environment_forces_an_implementation() -> None:
     assert "choice: forced to reference" in fresh(SHOW, BRANCHCORE_IMPL="reference").stdout
     wrong = fresh(SHOW, BRANCHCORE_IMPL="tritn")
-    assert "use: name must be None or one of cpp, reference, got 'tritn'" in wrong.stderr
+    assert (
+        "use: name must be None or one of cuda, triton, cpp, reference, got 'tritn'" in wrong.stderr
+    )
 
 
 def test_import_needs_neither_triton_nor_diffusers() -> None:
