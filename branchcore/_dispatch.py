@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import torch  # before _C, so that both share one OpenMP runtime
@@ -34,7 +34,7 @@ def _load_native() -> tuple[str, ModuleType | None, ModuleType | None]:
 
 ISA, _native, _cuda = _load_native()
 # Where CUDA kernels run; a test that emulates them on the host changes it.
-_cuda_device = "cuda"
+cuda_device = "cuda"
 
 
 def native() -> ModuleType:
@@ -86,11 +86,27 @@ def stream(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
 
 
+def special_functions(device: torch.device) -> bool:
+    """Whether normals made on this device come from a GPU's special-function unit."""
+    return (device.type == "cuda" or cuda_device == "cpu") and _forced != "reference"
+
+
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Copy a tensor whose last axis is not contiguous; GPU kernels take any stride of rows."""
     if tensor is None or tensor.dim() == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
     return tensor.contiguous()
+
+
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Copy a tensor that is not contiguous."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def cuda_partials(num_rows: int, states: torch.Tensor) -> torch.Tensor:
+    """Allocate the partial sums of a CUDA kernel: one per row and tile of the last axis."""
+    tiles = -(-states.shape[-1] // cuda().tile_size())
+    return states.new_empty(num_rows, tiles, dtype=torch.float32)
 
 
 def _known(name: str | None) -> str | None:
@@ -125,12 +141,7 @@ class use:
     def __enter__(self) -> "use":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         global _forced
         _forced = self._previous
 
@@ -185,7 +196,7 @@ def _cpp_obstacle(device: torch.device) -> str | None:
 def _cuda_obstacle(device: torch.device) -> str | None:
     if _cuda is None:
         return "needs a build with CUDA"
-    if device.type != _cuda_device:
+    if device.type != cuda_device:
         return "must run on an NVIDIA GPU"
     return None if device.type == "cpu" else chip_obstacle(device.index or 0)
 
@@ -233,6 +244,11 @@ def register_autograd(
     torch.library.register_autograd(
         f"branchcore::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )
+
+
+def registered() -> dict[str, tuple[str, ...]]:
+    """List every op with the implementations that it has, in the order of preference."""
+    return dict(_ops)
 
 
 def explain() -> str:

@@ -13,6 +13,9 @@ BC_INLINE double gaussian_log_prob(double mean_square, double log_s) {
   return -0.5 * mean_square - log_s - kHalfLog2Pi;
 }
 
+// The larger of two; NaN if either is.
+BC_INLINE double larger(double a, double b) { return b > a || b != b ? b : a; }
+
 struct RatioTerm {
   double loss;   // -A+ min(r, 1 + high) + A- max(r, 1 - low)
   double slope;  // d loss / d log r

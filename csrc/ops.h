@@ -6,6 +6,7 @@
 
 #define BRANCHCORE_DECLARE_OPS                                                                  \
   void philox_normal(TensorView key, TensorView counter, TensorView mix, TensorView out);       \
+  void philox_words(TensorView key, TensorView counter, TensorView out);                        \
   void branch_step(TensorView x, TensorView v, TensorView h, TensorView rows,                   \
                    TensorView child_start, TensorView key, TensorView counter, TensorView mix,  \
                    TensorView y, TensorView log_prob);                                          \

@@ -1,12 +1,18 @@
 """Every implementation of the ops that a machine may have, and what it takes to run it here."""
 
 import importlib
+import importlib.util
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import NamedTuple
 from unittest import mock
 
 import torch
+from cuda_on_host.build import build, compiler
 
 from branchcore import _dispatch
 
@@ -22,12 +28,16 @@ class Implementation(NamedTuple):
     device: torch.device
     isa: str = ""
 
+    emulated: bool = False
+
     @contextmanager
     def forced(self) -> Generator[torch.device]:
         """Force it for every op; gives the device that it runs on."""
         native = getattr(importlib.import_module("branchcore._C"), self.isa) if self.isa else None
-        patch = mock.patch.object(_dispatch, "_native", native or _dispatch._native)
-        with patch, _dispatch.use(self.implementation):
+        patches = {"_native": native or _dispatch._native}
+        if self.emulated:
+            patches |= {"_cuda": cuda_on_host(), "cuda_device": "cpu"}
+        with mock.patch.multiple(_dispatch, **patches), _dispatch.use(self.implementation):
             yield self.device
 
     def missing(self) -> str:
@@ -40,9 +50,21 @@ class Implementation(NamedTuple):
             return "needs TRITON_INTERPRET=1; test_triton.py runs it in its own process"
         if self.implementation == "triton" and not _dispatch.has_triton():
             return "needs triton"
+        if self.emulated:
+            return "" if compiler() else "needs a C++ compiler"
         if self.implementation == "cuda" and _dispatch._cuda is None:
             return "needs a build with CUDA"
         return ""
+
+
+@cache
+def cuda_on_host() -> ModuleType:
+    """Compile the CUDA kernels for the host, once per process, and import them."""
+    with TemporaryDirectory() as folder:
+        spec = importlib.util.spec_from_file_location("cuda_on_host", build(Path(folder)))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
 
 
 def cpu_runs(isa: str) -> bool:
@@ -53,6 +75,7 @@ def cpu_runs(isa: str) -> bool:
 ALL = [
     Implementation("reference", "reference", CPU),
     *(Implementation(isa, "cpp", CPU, isa) for isa in NATIVE),
+    Implementation("cuda-on-host", "cuda", CPU, emulated=True),
     Implementation("triton-interpreter", "triton", CPU),
     Implementation("reference-gpu", "reference", GPU),
     Implementation("triton-gpu", "triton", GPU),

@@ -65,6 +65,14 @@ def _cpp(p_E: Tensor, q_N: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, 
     return outputs
 
 
+def _cuda(p_E: Tensor, q_N: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *edges, low, high = rest
+    outputs = _fake(p_E, q_N)
+    inputs = (value.contiguous() for value in (p_E, q_N, *edges))
+    _dispatch.cuda().ratio_loss(*inputs, low, high, *outputs, *_dispatch.stream(p_E))
+    return outputs
+
+
 def _reference(p_E: Tensor, q_N: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *edges, low, high = rest
     inputs: Any = (p_E, q_N, *edges, (low, high))
@@ -85,7 +93,7 @@ def _fake(p_E: Tensor, q_N: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Te
 _forward = _dispatch.define(
     "ratio_loss(Tensor p, Tensor q, Tensor child_start, Tensor exponent, Tensor advantage,"
     " Tensor weight, float low, float high) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"cpp": _cpp, "reference": _reference},
+    {"cuda": _cuda, "cpp": _cpp, "reference": _reference},
     _fake,
 )
 

@@ -1,5 +1,6 @@
 """Log-probability of stored children, for trainers that keep samples instead of noise."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,6 +57,24 @@ def _cpp(*inputs: Tensor) -> Tensor:
     return log_prob_M
 
 
+def _cuda(*inputs: Tensor) -> Tensor:
+    log_prob_M = _fake(*inputs)
+    _dispatch.cuda().sde_log_prob(
+        *_ready(*inputs),
+        log_prob_M,
+        _dispatch.cuda_partials(len(log_prob_M), inputs[2]),
+        *_dispatch.stream(log_prob_M),
+    )
+    return log_prob_M
+
+
+def _ready(*inputs: Tensor | None) -> Iterator[Tensor | None]:
+    """Lay out (x, v, y, rows, child_start, h) as GPU kernels read them."""
+    for place, value in enumerate(inputs):
+        index = place in (3, 4)
+        yield _dispatch.contiguous(value) if index else _dispatch.dense(value)
+
+
 def _fake(*inputs: Tensor) -> Tensor:
     y_MD = inputs[2]
     return y_MD.new_empty(len(y_MD))
@@ -67,6 +86,14 @@ def _cpp_backward(*inputs: Tensor) -> Tensor:
     return dv_ND
 
 
+def _cuda_backward(grad_M: Tensor, *inputs: Tensor) -> Tensor:
+    dv_ND = _fake_backward(grad_M, *inputs)
+    _dispatch.cuda().sde_log_prob_backward(
+        grad_M, *_ready(*inputs), dv_ND, *_dispatch.stream(dv_ND)
+    )
+    return dv_ND
+
+
 def _fake_backward(*inputs: Tensor) -> Tensor:
     v_ND = inputs[2]
     return torch.empty_like(v_ND, memory_format=torch.contiguous_format)
@@ -75,13 +102,13 @@ def _fake_backward(*inputs: Tensor) -> Tensor:
 _forward = _dispatch.define(
     "sde_log_prob(Tensor x, Tensor v, Tensor y, Tensor rows, Tensor child_start, Tensor? h)"
     " -> Tensor",
-    {"cpp": _cpp, "reference": reference.sde_log_prob},
+    {"cuda": _cuda, "cpp": _cpp, "reference": reference.sde_log_prob},
     _fake,
 )
 _backward = _dispatch.define(
     "sde_log_prob_backward(Tensor grad, Tensor x, Tensor v, Tensor y, Tensor rows,"
     " Tensor child_start, Tensor? h) -> Tensor",
-    {"cpp": _cpp_backward, "reference": reference.sde_log_prob_backward},
+    {"cuda": _cuda_backward, "cpp": _cpp_backward, "reference": reference.sde_log_prob_backward},
     _fake_backward,
 )
 

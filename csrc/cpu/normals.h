@@ -55,12 +55,13 @@ static inline void stream_words(StreamName name, uint32_t first, int64_t num_blo
   WideLane lane;
   for (int i = 0; i < kWideLanes; ++i) lane[i] = static_cast<uint64_t>(2 * i);
   const WideLane zero = {};
+  const SteppedKeys keys = {name.key0, name.key1};
   for (int64_t block = 0; block < num_blocks; block += 2 * kWideLanes) {
     const WideLane start = lane + (first + static_cast<uint32_t>(block));
     Words<WideLane> even = {start, zero + name.purpose, zero + name.stream, zero + name.uid};
     Words<WideLane> odd = {start + 1, even.w1, even.w2, even.w3};
-    even = philox4x32<MultiplyWide>(even, name.key0, name.key1);
-    odd = philox4x32<MultiplyWide>(odd, name.key0, name.key1);
+    even = philox4x32<MultiplyWide>(even, keys);
+    odd = philox4x32<MultiplyWide>(odd, keys);
     const WideLane joined[4] = {
         (even.w0 & 0xFFFFFFFFu) | odd.w0 << 32, (even.w1 & 0xFFFFFFFFu) | odd.w1 << 32,
         (even.w2 & 0xFFFFFFFFu) | odd.w2 << 32, (even.w3 & 0xFFFFFFFFu) | odd.w3 << 32};

@@ -18,8 +18,7 @@ struct Stats {
     clipped_low += term.clipped_low;
     clipped_high += term.clipped_high;
     sum_abs_dev += dev;
-    // written so that a NaN is kept
-    max_abs_dev = dev <= max_abs_dev ? max_abs_dev : dev;
+    max_abs_dev = larger(max_abs_dev, dev);
     sum_log_ratio_sq += log_ratio * log_ratio;
     sum_log_ratio += log_ratio;
   }
