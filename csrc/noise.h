@@ -6,12 +6,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define BC_MEMBER __host__ __device__ __forceinline__
-#else
-#define BC_MEMBER inline __attribute__((always_inline))
-#endif
-#define BC_INLINE static BC_MEMBER
+#include "bits.h"
 
 namespace branchcore {
 
@@ -65,22 +60,6 @@ BC_INLINE Words<Lane> philox4x32(Words<Lane> counter, const Keys& keys) {
                (even >> 32) ^ counter.w3 ^ keys.odd(round), even};
   }
   return counter;
-}
-
-BC_INLINE float float_from_bits(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(bits);
-#else
-  return __builtin_bit_cast(float, bits);
-#endif
-}
-
-BC_INLINE uint32_t bits_from_float(float value) {
-#ifdef __CUDA_ARCH__
-  return __float_as_uint(value);
-#else
-  return __builtin_bit_cast(uint32_t, value);
-#endif
 }
 
 // -2 ln(k / 2^24) for k in 1 .. 2^24: k 2^-24 = m 2^e with m in [sqrt(1/2), sqrt(2)), and a minimax

@@ -87,6 +87,16 @@ def test_the_host_notices_a_shuffle_that_lanes_leave_out(tmp_path) -> None:
     assert HERE.is_dir()
 
 
+def test_a_failed_launch_names_the_kernel() -> None:
+    compiled = _dispatch._cuda
+    if compiled is None or torch.cuda.is_available():
+        pytest.skip("needs a build with CUDA and no GPU")
+    assert compiled.runtime_version() >= 12000
+    assert compiled.obstacle(0)
+    with pytest.raises(RuntimeError, match='philox_normal: CUDA failed, got ".+"; try python -m'):
+        compiled.philox_normal(*testing.draws((1,)), torch.zeros(1, 4), 0, 0)
+
+
 def fake(obstacle: str) -> SimpleNamespace:
     return SimpleNamespace(obstacle=lambda _: obstacle, chips=lambda: "80, 90")
 

@@ -121,6 +121,12 @@ def test_compile_fullgraph() -> None:
             "branch_step: rows_M4 must be float64, got float32",
         ),
         (
+            "branch_step",
+            {"v_ND": torch.ones(4, 2053, device="meta")},
+            ValueError,
+            "branch_step: v_ND must be on cpu like the first argument, got meta",
+        ),
+        (
             "edge_dots",
             {"noise": None},
             ValueError,

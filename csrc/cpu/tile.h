@@ -61,13 +61,6 @@ static inline const float* load(const TensorView& view, int64_t row, Span span, 
   return scratch.values;
 }
 
-// Round to nearest even; a NaN stays one.
-static inline uint16_t bfloat16_from_float(float value) {
-  const uint32_t bits = bits_from_float(value);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-}
-
 // Write scale * values to a piece of a contiguous fp32 or bf16 row.
 static inline void store(const TensorView& view, int64_t row, Span span, const Tile& tile,
                          float scale) {

@@ -33,7 +33,7 @@ std::string obstacle(int device) {
     return "needs a driver for CUDA " + spelled(runtime_version()) + ", this one is for CUDA " +
            spelled(driver_version()) + "; update the driver or build with an older CUDA";
   try {
-    const DeviceGuard guard(device);
+    const DeviceGuard guard("probe", device);
     cudaFuncAttributes attributes;
     const cudaError_t error =
         cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe_kernel));

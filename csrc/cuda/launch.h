@@ -13,18 +13,18 @@ namespace branchcore::cuda {
 constexpr int kWarp = 32;
 constexpr int kThreads = 128;
 
-inline void check(const char* what, cudaError_t error) {
+inline void check(const char* kernel, cudaError_t error) {
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": CUDA failed, got \"" +
-                             cudaGetErrorString(error) + "\"");
+    throw std::runtime_error(std::string(kernel) + ": CUDA failed, got \"" +
+                             cudaGetErrorString(error) + "\"; try python -m branchcore doctor");
 }
 
 // Makes a device current, and the caller's again at the end.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) : device_(device) {
-    check("branchcore: the current device", cudaGetDevice(&before_));
-    if (before_ != device_) check("branchcore: the tensors' device", cudaSetDevice(device_));
+  DeviceGuard(const char* kernel, int device) : device_(device) {
+    check(kernel, cudaGetDevice(&before_));
+    if (before_ != device_) check(kernel, cudaSetDevice(device_));
   }
   ~DeviceGuard() {
     if (before_ != device_) cudaSetDevice(before_);
@@ -46,7 +46,7 @@ void launch(const char* name, void (*kernel)(Params), int64_t num_units, Params 
     throw std::invalid_argument(std::string(name) +
                                 ": tiles of all rows must be at most 2^31 - 1, got " +
                                 std::to_string(num_units) + "; try fewer rows in a call");
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(name, device);
   const auto blocks = static_cast<unsigned>((num_units + kWarps - 1) / kWarps);
   void* arguments[] = {&params};
   check(name, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kThreads),

@@ -76,13 +76,6 @@ BC_DEVICE float dot(const Chunk (&a)[kChunks], const Chunk (&b)[kChunks]) {
   return sum;
 }
 
-// Round to nearest even; a NaN stays one.
-BC_DEVICE uint32_t bfloat16_from_float(float value) {
-  const uint32_t bits = bits_from_float(value);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded;
-}
-
 struct alignas(16) Vector {
   uint32_t word[4];
 };
@@ -166,7 +159,7 @@ BC_DEVICE void store_wide(uint16_t* target, const Chunk& chunk) {
 
 BC_DEVICE void store_one(float* target, float value) { *target = value; }
 BC_DEVICE void store_one(uint16_t* target, float value) {
-  *target = static_cast<uint16_t>(bfloat16_from_float(value));
+  *target = static_cast<uint16_t>(bfloat16_pair(value, 0.0f));
 }
 
 template <class T>
