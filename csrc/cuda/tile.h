@@ -90,7 +90,8 @@ struct Unit {
   bool whole;              // all of them do, in all chunks
 };
 
-BC_DEVICE Chunk unpack(const Vector& both) {
+// By value: of a reference the compiler loads word by word.
+BC_DEVICE Chunk unpack(Vector both) {
   Chunk chunk;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -100,7 +101,7 @@ BC_DEVICE Chunk unpack(const Vector& both) {
   return chunk;
 }
 
-BC_DEVICE Chunk unpack(const Vector& low, const Vector& high) {
+BC_DEVICE Chunk unpack(Vector low, Vector high) {
   Chunk chunk;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
