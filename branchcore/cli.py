@@ -1,4 +1,4 @@
-"""Command line: `python -m branchcore train | sample | plan | explain`."""
+"""Command line: `python -m branchcore train | sample | plan | explain | doctor`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from branchcore import checkpoint, recipes
+from branchcore import checkpoint, doctor, recipes
 from branchcore._dispatch import explain
 from branchcore.drawing import draw
 from branchcore.plots import curves
@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     _plan_options(commands.add_parser("plan", help="show a recipe's tree and what it costs"))
     kernels = commands.add_parser("explain", help="which kernels run here, and why")
     kernels.set_defaults(run=_explain)
+    health = commands.add_parser("doctor", help="what this machine should run, and whether it does")
+    health.add_argument("--json", action="store_true", help="print the same as JSON")
+    health.set_defaults(run=_doctor)
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, default=1, help="CPU threads")
     return parser
@@ -98,6 +101,13 @@ def _plan_options(plan: argparse.ArgumentParser) -> None:
 
 def _explain(_args: argparse.Namespace) -> None:
     print(explain())
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    report = doctor.examine()
+    print(json.dumps(report.as_json(), indent=2) if args.json else report)
+    if report.to_fix:
+        sys.exit(1)
 
 
 def _plan(args: argparse.Namespace) -> None:

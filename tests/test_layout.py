@@ -28,7 +28,7 @@ LAYERS = [
         "report",
         "slow_fast",
     },
-    {"models", "hosts", "cli", "__main__"},
+    {"models", "hosts", "_machine", "doctor", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
