@@ -93,6 +93,22 @@ def _status_kib(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
+def tape_states(view: Any, device: torch.device, share: float = 0.5, rows: int = 4) -> int:
+    """Returns how many states' graphs fit in a share of the GPU's free memory; it runs a few.
+
+    The rest is for activations of the states that are not on the tape.
+    """
+    x = torch.zeros(rows, *view.latent_shape, device=device)
+    sigma, prompt = torch.full((rows,), 0.5, device=device), torch.zeros(rows, dtype=torch.int64)
+    before = torch.cuda.memory_allocated(device)
+    v = view.velocity(x, sigma, prompt.to(device))
+    one = (torch.cuda.memory_allocated(device) - before) / rows
+    v.sum().backward()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(share * free / one)
+
+
 def pair_cost(view: Any, device: torch.device, rows: int = 64, repeats: int = 5) -> float:
     """Returns forward + backward over forward, in CPU seconds on the CPU, at a large batch."""
     x = torch.zeros(rows, *view.latent_shape, device=device)

@@ -1,6 +1,9 @@
 """Time the ops against what the released trainers compute in eager torch.
 
     python bench/ops.py [--op branch_step] [--json out.json] [--rounds 15] [--threads 1]
+    python bench/ops.py --device cuda [--op branch_step] [--json out.json] [--budget 240]
+
+On a GPU see ops_gpu.py. On a CPU:
 
 Each case is checked against float64 first and is not timed if it fails. Eager torch is timed in
 two ways: the whole wave at once, as a batched trainer calls it (`ratio`), and one parent after the
@@ -13,24 +16,24 @@ Letters: N parents, K children of each, M = N K, D latent elements.
 
 import argparse
 import json
-import math
+import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import eager
 import torch
+from eager import CLIP
 from machine import facts
 from torch import Tensor
+from waves import Wave
 
 from branchcore import _dispatch, ops, testing
 from branchcore.noise import Noise
 
 N, K, D = 64, 4, 65536
-A, B, S = 1.02, -0.11, 0.37
-CLIP = (1e-4, 1e-4)
-HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 Run = Callable[[], Any]
 
@@ -46,44 +49,6 @@ class Timed(NamedTuple):
     num_normals: int
 
 
-class Wave:
-    """The tensors of one wave, and of the loss on it."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        num_children = N * K
-        self.x, self.v, self.v_old = (testing.normal((N, D), torch.float32, i) for i in range(3))
-        self.v_old = (self.v + 1e-3 * self.v_old).to(dtype)
-        self.v = self.v.to(dtype).requires_grad_()
-        self.rows = torch.tensor([[A, B, 0.0, S]], dtype=torch.float64).repeat(num_children, 1)
-        self.child_start = testing.child_starts((K,) * N)
-        self.noise = testing.draws((K,) * N, ("own",))
-        k = torch.full((num_children,), B / S, dtype=torch.float64)
-        self.exponent = torch.stack((k, k.square() / 2), dim=1)
-        self.advantage = testing.normal((num_children, 2)).clamp(min=0.0)
-        self.weight = torch.ones(num_children)
-        with torch.no_grad():
-            self.y, self.log_prob_old = eager_step(self.x, self.v_old)
-
-
-def log_prob(y_MD: Tensor, mean_MD: Tensor) -> Tensor:
-    """Average the Gaussian log-density over elements, (M,)."""
-    log_prob_MD = -((y_MD - mean_MD) ** 2) / (2 * S**2) - math.log(S) - HALF_LOG_2PI
-    return log_prob_MD.mean(1)
-
-
-def means(x_ND: Tensor, v_ND: Tensor) -> Tensor:
-    """Expand parents to their children's means, (M, D)."""
-    x_MD, v_MD = (t.float().repeat_interleave(K, 0) for t in (x_ND, v_ND))
-    return A * x_MD + B * v_MD
-
-
-def eager_step(x_ND: Tensor, v_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Grow children as the released trainers do: expand, draw, step, and the log-probability."""
-    mean_MD = means(x_ND, v_ND)
-    y_MD = mean_MD + S * torch.randn(mean_MD.shape)
-    return y_MD, log_prob(y_MD, mean_MD)
-
-
 def chunks(num_parents: int) -> list[tuple[slice, slice]]:
     """Cut a wave: rows of parents and of their children."""
     starts = range(0, N, num_parents)
@@ -94,18 +59,16 @@ def eager_loss(wave: Wave, num_parents: int) -> None:
     """Score stored children under the new velocity, clip the ratio, backward."""
     for nodes, edges in chunks(num_parents):
         v_ND = wave.v[nodes].detach().requires_grad_()
-        log_prob_M = log_prob(wave.y[edges], means(wave.x[nodes], v_ND))
-        ratio = torch.exp(log_prob_M - wave.log_prob_old[edges])
-        clipped = ratio.clamp(1 - CLIP[0], 1 + CLIP[1])
-        plus, minus = wave.advantage[edges].unbind(1)
-        loss = minus * torch.maximum(ratio, clipped) - plus * torch.minimum(ratio, clipped)
-        (wave.weight[edges] * loss).sum().backward()
+        log_prob_M = eager.log_prob(wave.y[edges], eager.means(wave.x[nodes], v_ND, K))
+        eager.ratio_loss(
+            log_prob_M, wave.log_prob_old[edges], wave.advantage[edges], wave.weight[edges]
+        ).backward()
 
 
 def eager_log_prob(wave: Wave, num_parents: int) -> None:
     for nodes, edges in chunks(num_parents):
         v_ND = wave.v[nodes].detach().requires_grad_()
-        log_prob(wave.y[edges], means(wave.x[nodes], v_ND)).sum().backward()
+        eager.log_prob(wave.y[edges], eager.means(wave.x[nodes], v_ND, K)).sum().backward()
 
 
 def our_loss(wave: Wave, v_old: Tensor | None) -> None:
@@ -122,7 +85,8 @@ def our_log_prob(wave: Wave) -> None:
 
 
 def cases(dtype: torch.dtype) -> list[Timed]:
-    wave, name = Wave(dtype), str(dtype).removeprefix("torch.")
+    wave = Wave((N, K, D), dtype, torch.device("cpu"))
+    name = str(dtype).removeprefix("torch.")
     size = f"N={N} K={K} D={D} v {name}"
     v, x, y, normals = testing.num_bytes(wave.v), N * D * 4, N * K * D * 4, N * K * D
     nodes = wave.child_start
@@ -131,9 +95,9 @@ def cases(dtype: torch.dtype) -> list[Timed]:
         with torch.no_grad():
             return ops.branch_step(wave.x, wave.v, wave.rows, nodes, wave.noise)
 
-    def eager(num_parents: int) -> Any:
+    def grow(num_parents: int) -> Any:
         with torch.no_grad():
-            return [eager_step(wave.x[n], wave.v[n]) for n, _ in chunks(num_parents)]
+            return [eager.step(wave.x[n], wave.v[n], K) for n, _ in chunks(num_parents)]
 
     def randn(num_parents: int) -> Any:
         return [torch.randn(num_parents * K, D) for _ in chunks(num_parents)]
@@ -141,7 +105,7 @@ def cases(dtype: torch.dtype) -> list[Timed]:
     return [
         Timed("philox_normal", f"M={N * K} D={D} against torch.randn",
               lambda: ops.philox_normal(wave.noise, D), randn, y, normals),
-        Timed("branch_step", size, step, eager, x + v + y, normals),
+        Timed("branch_step", size, step, grow, x + v + y, normals),
         Timed("edge_dots+ratio_loss", f"{size}, off policy, forward and backward",
               lambda: our_loss(wave, wave.v_old), lambda n: eager_loss(wave, n),
               5 * v, 2 * normals),
@@ -241,14 +205,34 @@ def describe(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", help="only cases of this op")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="on a CPU")
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, whose cases differ")
+    parser.add_argument("--gpu-cases", action="store_true", help="the GPU's cases on a CPU, tiny")
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds, of the GPU's cases")
+    parser.add_argument(
+        "--mode", choices=("time", "resume", "compile"), default="time", help="of the GPU's cases"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
     torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if device.type == "cuda" or options.gpu_cases:
+        import ops_gpu
+
+        return ops_gpu.main(device, options.op, options.json, options.budget, options.mode)
+    measure_on_cpu(options)
+    return 0
+
+
+def measure_on_cpu(options: argparse.Namespace) -> None:
     machine = measure_machine(options.rounds)
     print(
         f"copy {machine.copy_bytes_per_s / 1e9:.1f} GB/s, "
@@ -271,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,8 @@ COLOURS = {
     "optimizer": "#9d9da1",
 }
 INK, TARGET = "#333333", "#c23b22"
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+SECONDS = {"cpu": ("CPU", "cpu_s"), "wall": ("Wall", "median_s")}
 
 
 def kind(name: str) -> str:
@@ -43,8 +45,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     deepest = max((-heights(list(rows))[-1] for rows in (plans, ratios) if rows), default=0.0)
     figure = Figure(figsize=(12.5, 1.9 + 0.3 * (1.0 + deepest)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _times(left, plans)
-    _ratios(right, ratios)
+    clock = config.get("clock", "cpu")
+    _times(left, plans, clock)
+    _ratios(right, ratios, clock)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(
         handles, labels, ncols=len(labels), fontsize=8.5, frameon=False, loc="outside lower left",
@@ -52,7 +55,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     )  # fmt: skip
     figure.suptitle(
         f"{config['model']}: {config['prompts']} prompts x {config['leaves']} leaves, "
-        f"{config['steps']} steps, fp32, {config['device']}, {config['threads']} thread, "
+        f"{config['steps']} steps, {DTYPES[config['dtype']]}, {config['device']}, "
+        f"{config['threads']} thread, "
         f"{config['rounds']} interleaved rounds",
         fontsize=11,
         color=INK,
@@ -82,8 +86,9 @@ def _scale(axis: Any, low: float, high: float, values: list[float], unit: str) -
     axis.set_axisbelow(True)
 
 
-def _times(axis: Any, plans: dict[str, Any]) -> None:
-    totals = [np.log10(plan["cpu_s"]) for plan in plans.values()]
+def _times(axis: Any, plans: dict[str, Any], clock: str) -> None:
+    head, key = SECONDS[clock]
+    totals = [np.log10(plan[key]) for plan in plans.values()]
     low, labels = min(totals) - 0.9, dict.fromkeys(COLOURS)
     rows = zip(plans.values(), totals, _rows(axis, list(plans)), strict=True)
     for plan, total, y in rows:
@@ -95,17 +100,20 @@ def _times(axis: Any, plans: dict[str, Any]) -> None:
             axis.barh(y, width, left=start, color=colour, height=0.7, label=label)
             start += width
         star = "*" if plan["extrapolated"] else ""
-        axis.text(total + 0.03, y, f"{plan['cpu_s']:.2f} s{star}", va="center", fontsize=9)
+        axis.text(total + 0.03, y, f"{plan[key]:.2f} s{star}", va="center", fontsize=9)
     grid = [b * 10.0**e for e in range(-4, 5) for b in (1, 2, 5)]
     _scale(axis, low, max(totals) + 0.35, grid, " s")
     axis.set_title(
-        "CPU seconds per iteration (log scale); colours divide a bar by share of time", fontsize=9.5
+        f"{head} seconds per iteration (log scale); colours divide a bar by share of time",
+        fontsize=9.5,
     )
     if any(plan["extrapolated"] for plan in plans.values()):
-        axis.set_xlabel("* timed on part of the prompts, scaled", fontsize=8.5, color=INK)
+        once = any(plan.get("rounds_timed") == 1 for plan in plans.values())
+        how = "the first round alone" if once else "part of the prompts, scaled"
+        axis.set_xlabel(f"* timed on {how}", fontsize=8.5, color=INK)
 
 
-def _ratios(axis: Any, ratios: dict[str, Any]) -> None:
+def _ratios(axis: Any, ratios: dict[str, Any], clock: str) -> None:
     ends = [1.0]
     for row, y in zip(ratios.values(), _rows(axis, list(ratios)), strict=True):
         low, high = row["ci95"]
@@ -114,11 +122,11 @@ def _ratios(axis: Any, ratios: dict[str, Any]) -> None:
             ends.append(row["target"])
             axis.plot(np.log10([row["target"]] * 2), [y - 0.34, y + 0.34], color=TARGET, lw=2)
         axis.plot(np.log10([low, high]), [y, y], color=INK, lw=2, solid_capstyle="butt")
-        axis.plot(np.log10(row["cpu"]), y, "o", color=COLOURS["rollout"], ms=6.5)
-        right = max(high, 1.05 * row["cpu"])
+        axis.plot(np.log10(row[clock]), y, "o", color=COLOURS["rollout"], ms=6.5)
+        right = max(high, 1.05 * row[clock])
         if row["target"] and right <= row["target"] < 1.3 * right:
             right = row["target"]
-        axis.text(np.log10(right) + 0.03, y, f"{row['cpu']:.1f}x", va="center", fontsize=9)
+        axis.text(np.log10(right) + 0.03, y, f"{row[clock]:.1f}x", va="center", fontsize=9)
     axis.axvline(0.0, color="#888888", lw=1)
     grid = [0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200]
     _scale(axis, np.log10(min(ends)) - 0.08, np.log10(max(ends)) + 0.3, grid, "x")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from measure import median_ci, paired_ratio
 from plans import BASES, PLANS
 from plans.task import STAGES, Clock
@@ -30,6 +31,8 @@ TARGETS = {
 FASTEST_TARGET = 4.0
 """Of engine/x, x the released plan at equal leaves that is fastest."""
 
+Headline = Literal["cpu", "wall"]
+
 
 class Sample:
     """Seconds of one iteration: its stages, scaled to all prompts."""
@@ -37,43 +40,55 @@ class Sample:
     def __init__(self, clock: Clock, scale: float) -> None:
         # the optimizer steps once, however many prompts there are
         factors = {stage: 1.0 if stage == "optimizer" else scale for stage in STAGES}
-        self.split = {stage: factors[stage] * clock.cpu[stage] for stage in STAGES}
-        self.cpu = sum(self.split.values())
+        taken = clock.cpu if clock_of(clock.device) == "cpu" else clock.wall
+        self.split = {stage: factors[stage] * taken[stage] for stage in STAGES}
+        self.cpu = sum(factors[stage] * clock.cpu[stage] for stage in STAGES)
         self.wall = sum(factors[stage] * clock.wall[stage] for stage in STAGES)
 
 
-def summary(samples: list[Sample], work: Work) -> dict[str, Any]:
-    """Returns what the result file says of one plan's time and work."""
-    cpu = [sample.cpu for sample in samples]
+def clock_of(device: torch.device) -> Headline:
+    """Returns the clock of the headline: CPU seconds on a CPU, whose wall time neighbours move."""
+    return "wall" if device.type == "cuda" else "cpu"
+
+
+def summary(samples: list[Sample], work: Work, clock: Headline = "cpu") -> dict[str, Any]:
+    """Returns what the result file says of one plan; the interval is of the clock's seconds."""
+    cpu, wall = ([getattr(sample, name) for sample in samples] for name in ("cpu", "wall"))
     return {
-        "median_s": float(np.median([sample.wall for sample in samples])),
+        "median_s": float(np.median(wall)),
         "cpu_s": float(np.median(cpu)),
-        "ci95": median_ci(cpu),
+        "ci95": median_ci(cpu if clock == "cpu" else wall),
         **work._asdict(),
         "split": {s: float(np.median([sample.split[s] for sample in samples])) for s in STAGES},
         "rounds_cpu_s": cpu,
-        "rounds_wall_s": [sample.wall for sample in samples],
+        "rounds_wall_s": wall,
     }
 
 
-def ratios(plans: dict[str, Any], pair: float) -> dict[str, Any]:
+def ratios(
+    plans: dict[str, Any], pair: float, clock: Headline = "cpu", tape: int | None = None
+) -> dict[str, Any]:
     """Returns "A/B": times B's time over A's, and what forwards and backwards alone predict.
 
     Args:
         plans: what `summary` says of each.
         pair: forward + backward over forward.
+        clock: whose interval is given.
+        tape: states whose graph was kept at most; None = all. The others cost a pair each.
     """
-    units, targets = {n: _units(n, plans[n], pair) for n in plans}, targets_of(plans)
+    units = {name: _units(name, plans[name], pair, tape) for name in plans}
+    # what is required was set for the default benchmark on a CPU
+    targets = targets_of(plans) if clock == "cpu" else {}
     found = {}
     for name in PAIRS:
         a, b = name.split("/")
         if a in plans and b in plans:
-            cpu, ci95 = paired_ratio(plans[b]["rounds_cpu_s"], plans[a]["rounds_cpu_s"])
-            wall, _ = paired_ratio(plans[b]["rounds_wall_s"], plans[a]["rounds_wall_s"])
+            cpu, cpu_ci95 = paired_ratio(plans[b]["rounds_cpu_s"], plans[a]["rounds_cpu_s"])
+            wall, wall_ci95 = paired_ratio(plans[b]["rounds_wall_s"], plans[a]["rounds_wall_s"])
             found[name] = {
                 "cpu": cpu,
                 "wall": wall,
-                "ci95": ci95,
+                "ci95": cpu_ci95 if clock == "cpu" else wall_ci95,
                 "predicted": units[b] / units[a],
                 "target": targets.get(name),
             }
@@ -89,10 +104,11 @@ def targets_of(plans: dict[str, Any]) -> dict[str, float]:
     return TARGETS | {f"engine/{fastest}": FASTEST_TARGET}
 
 
-def _units(name: str, plan: dict[str, Any], pair: float) -> float:
+def _units(name: str, plan: dict[str, Any], pair: float, tape: int | None) -> float:
+    again = 0 if tape is None else max(plan["P"] - tape, 0)
     trained = {
         "edges": pair * plan["E"],
         "parents": pair * plan["P"],
-        "tape": (pair - 1.0) * plan["P"],
+        "tape": (pair - 1.0) * plan["P"] + again,
     }
     return plan["F"] + trained[PLANS[name].trains]

@@ -6,6 +6,7 @@ from typing import Any
 
 from checks import Check
 from plans.task import STAGES
+from ratios import Headline
 
 
 def print_checks(checks: list[Check]) -> None:
@@ -28,8 +29,10 @@ def _text(value: Any) -> str:
     return " / ".join(map(str, value)) if isinstance(value, list) else f"{value:.1e}"
 
 
-def print_plans(plans: dict[str, Any], prompts: int) -> None:
-    print("| plan | CPU s | 95 % CI | wall s | images/CPU s | F / E / P / D |", end="")
+def print_plans(plans: dict[str, Any], prompts: int, clock: Headline = "cpu") -> None:
+    head, key = ("CPU s", "cpu_s") if clock == "cpu" else ("wall s", "median_s")
+    other, other_key = ("wall s", "median_s") if clock == "cpu" else ("CPU s", "cpu_s")
+    print(f"| plan | {head} | 95 % CI | {other} | images/{head} | F / E / P / D |", end="")
     print(f" {' / '.join(STAGES)} % | MiB |\n|---|--:|:-:|--:|--:|:-:|:-:|--:|")
     for name, plan in plans.items():
         star = "*" if plan["extrapolated"] else ""
@@ -37,26 +40,36 @@ def print_plans(plans: dict[str, Any], prompts: int) -> None:
         whole = sum(plan["split"].values())
         share = " / ".join(f"{100 * t / whole:.0f}" for t in plan["split"].values())
         work = " / ".join(str(plan[key]) for key in "FEPD")
+        rate = plan["D"] / plan[key]
         memory = "-" if plan["peak_mem"] is None else f"{plan['peak_mem']:.0f}"
         print(
-            f"| {name}{star} | {plan['cpu_s']:.3f} | {low:.3f}-{high:.3f} | {plan['median_s']:.3f} "
-            f"| {plan['D'] / plan['cpu_s']:.0f} | {work} | {share} | {memory} |"
+            f"| {name}{star} | {plan[key]:.3f} | {low:.3f}-{high:.3f} | {plan[other_key]:.3f} "
+            f"| {rate:.{0 if rate >= 100 else 2}f} | {work} | {share} | {memory} |"
         )
-    part = [p for p in plans.values() if p["extrapolated"]]
+    part = [p for p in plans.values() if p["prompts_timed"] < prompts]
     if part:
         print(
             f"\n\\* runs prompt by prompt: timed on {part[0]['prompts_timed']} of the {prompts} "
             "prompts and scaled; its memory is that of one prompt."
         )
+    once = [name for name, plan in plans.items() if plan["rounds_timed"] == 1]
+    if once:
+        print(f"\n\\* too slow for every round, timed in the first alone: {', '.join(once)}.")
 
 
-def print_ratios(found: dict[str, Any]) -> None:
-    print("\n| A/B | A is faster, CPU s | 95 % CI | wall | predicted | meas./pred. | required |")
+def print_ratios(found: dict[str, Any], clock: Headline = "cpu") -> None:
+    head, other, other_head = ("CPU s", "wall", "wall")
+    if clock == "wall":
+        head, other, other_head = ("wall", "cpu", "CPU s")
+    print(
+        f"\n| A/B | A is faster, {head} | 95 % CI | {other_head} | predicted | meas./pred. "
+        "| required |"
+    )
     print("|---|--:|:-:|--:|--:|--:|--:|")
     for name, row in found.items():
         low, high = row["ci95"]
         target = "" if row["target"] is None else f">= {row['target']:g}"
         print(
-            f"| {name} | {row['cpu']:.2f}x | {low:.2f}-{high:.2f} | {row['wall']:.2f}x "
-            f"| {row['predicted']:.2f}x | {row['cpu'] / row['predicted']:.2f} | {target} |"
+            f"| {name} | {row[clock]:.2f}x | {low:.2f}-{high:.2f} | {row[other]:.2f}x "
+            f"| {row['predicted']:.2f}x | {row[clock] / row['predicted']:.2f} | {target} |"
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from mmdit import SD35M, SMALL, MMDiTConfig, MMDiTModel
 from plans import RECIPES
 from plans.task import Task
 from torch import Tensor
@@ -21,7 +22,7 @@ from branchcore.models.digits.model import build_transformer, transformer_veloci
 from branchcore.recipes.branching import scaled_splits
 
 FACTORS = {12: (2, 2, 3), 16: (2, 2, 2, 2), 24: (2, 2, 2, 3), 81: (3, 3, 3, 3)}
-MODELS = ("auto", "digits", "tiny")
+MODELS = ("auto", "digits", "tiny", "sd35m-shape", "mmdit-small")
 ETA = {"engine": 0.7}
 RELEASED_ETA = 0.3
 SHIFT = 3.0
@@ -34,6 +35,22 @@ TRUNKS = {12: 2, 16: 4, 24: 4, 81: 9}
 """TempFlow's seeds per number of leaves; the release has 4, of 6 children each."""
 STRIDES = (1, 2)
 ENGINE_TAIL = 0.4
+
+
+class Shape(NamedTuple):
+    """A plain-torch transformer with random weights: how it is timed, and how it is checked."""
+
+    config: MMDiTConfig
+    dtype: torch.dtype
+    """Of the weights when timed; latents are float32."""
+    max_batch: int | None
+    """Rows with a graph that fit in memory at once."""
+
+
+SHAPES = {
+    "sd35m-shape": Shape(SD35M, torch.bfloat16, 16),
+    "mmdit-small": Shape(SMALL, torch.float32, None),
+}
 
 Reward = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
 
@@ -108,8 +125,27 @@ class Workload(NamedTuple):
     splits: tuple[int, ...]
     device: torch.device
     recipes: dict[str, recipes.Recipe]
+    max_batch: int | None = None
+    """Rows of a model call at most, in plans that may choose; None = no limit."""
+    tape: int | None = None
+    """States whose graph fits in memory; None = all of them."""
+
+    @property
+    def timed_dtype(self) -> torch.dtype:
+        """What weights are in when they are timed."""
+        shape = SHAPES.get(self.model_name)
+        return torch.float32 if shape is None else shape.dtype
+
+    def timed_model(self, num_prompts: int) -> Model:
+        shape = SHAPES.get(self.model_name)
+        if shape is None:
+            return self.model(num_prompts, torch.float32)
+        return MMDiTModel(shape.config, num_prompts, self.device, shape.dtype)
 
     def model(self, num_prompts: int, dtype: torch.dtype) -> Model:
+        """Builds the model that is checked: the timed one, or a small one of its class."""
+        if self.model_name in SHAPES:
+            return MMDiTModel(SMALL, num_prompts, self.device, dtype)
         chosen = PROMPTS[:num_prompts]
         model = load_digits_model() if self.model_name == "digits" else Tiny(chosen)
         # it warns at every cast; set now that it is imported, since its import resets the level
@@ -142,6 +178,8 @@ class Workload(NamedTuple):
             optimizer=optimizer,
             dtype=dtype,
             device=self.device,
+            max_batch=self.max_batch,
+            tape=self.tape,
         )
 
 
@@ -186,5 +224,7 @@ def workload(model_name: str, leaves: int, steps: int, device: torch.device) -> 
         raise ValueError(f"--steps must be at least 7, for distinct splits, got {steps}")
     sigmas, options = schedule.shifted_linear(steps, SHIFT), recipe_options(leaves, steps)
     built = {name: recipes.build(RECIPES[name], sigmas, **options[name]) for name in RECIPES}
-    name = "digits" if model_name == "auto" else model_name
-    return Workload(name, leaves, steps, splits, device, built)
+    default = "sd35m-shape" if device.type == "cuda" else "digits"
+    name = default if model_name == "auto" else model_name
+    max_batch = SHAPES[name].max_batch if name in SHAPES else None
+    return Workload(name, leaves, steps, splits, device, built, max_batch)

@@ -174,7 +174,10 @@ def test_a_wrong_engine_fails_the_run_and_is_named(run, named, monkeypatch, caps
     ("arguments", "message"),
     [
         (["--leaves", "10"], "--leaves must be one of 12, 16, 24, 81, got 10"),
-        (["--model", "flux"], "--model must be one of auto, digits, tiny, got 'flux'"),
+        (
+            ["--model", "flux"],
+            "must be one of auto, digits, tiny, sd35m-shape, mmdit-small, got 'flux'",
+        ),
         (["--steps", "6"], "--steps must be at least 7, for distinct splits, got 6"),
         (["--plans", "dance,nft"], "--plans must be from dance, flow, branch"),
         (["--prompts", "0"], "--prompts must be 1 to 60, got 0"),
@@ -354,6 +357,34 @@ def test_the_fastest_release_at_equal_leaves_has_the_engine_target():
     assert found["exact:mix/mix"]["cpu"] == 2.0
     # 10 + 3 E rows released, 10 + 2 P on the tape
     assert found["exact:mix/mix"]["predicted"] == 22 / 14
+
+
+def test_on_a_gpu_wall_time_is_the_headline_and_nothing_is_required():
+    plans = timed(dance=8.0, engine=2.0, exact_of_dance=4.0)
+    plans["dance"]["rounds_wall_s"] = [4.0, 6.0, 5.0]
+    for name in ("engine", "exact:dance"):
+        plans[name]["rounds_wall_s"] = [1.0, 1.0, 1.0]
+    for plan in plans.values():
+        plan["rounds_cpu_s"] *= 3
+    found = ratios.ratios(plans, pair=3.0, clock="wall", tape=1)
+    assert (found["engine/dance"]["wall"], found["engine/dance"]["cpu"]) == (5.0, 4.0)
+    assert found["engine/dance"]["ci95"] == (4.0, 6.0)
+    assert [row["target"] for row in found.values()] == [None, None]
+    # 10 + 3 E released; 10 + 2 P on the tape, one of two parents forwarded once more
+    assert found["exact:dance/dance"]["predicted"] == 22 / 15
+
+
+def test_a_gpu_times_the_shapes_of_sd35m_and_leaves_the_mixed_form_out():
+    gpu = torch.device("cuda", 0)
+    load = workload.workload("auto", 16, 10, gpu)
+    assert (load.model_name, load.max_batch, load.tape) == ("sd35m-shape", 16, None)
+    assert load.timed_dtype == torch.bfloat16
+    assert workload.workload("auto", 16, 10, CPU).model_name == "digits"
+    assert {name for name in CORE if name not in tree_throughput.GPU_CORE} == {
+        "branch_mix",
+        "exact:branch_mix",
+    }
+    assert (ratios.clock_of(gpu), ratios.clock_of(CPU)) == ("wall", "cpu")
 
 
 def test_a_release_that_trains_by_parent_is_predicted_so():

@@ -21,16 +21,17 @@ def exact(
     anchor: str = "auto",
     max_batch: int | None = None,
 ) -> Outcome:
-    recipe = task.recipe
+    recipe, max_batch = task.recipe, max_batch or task.max_batch
     with clock("rollout"):
         plan = task.plan()
+        taped = len(plan) if task.tape is None else task.tape
         forest = branchcore.rollout(
             plan,
             task.view,
             task.uids,
             seed=SEED,
             iteration=ITERATION,
-            tape=len(plan) if tape else 0,
+            tape=taped if tape else 0,
             max_batch=max_batch,
             keep_velocity=anchor == "rollout",
             dtype=task.dtype,

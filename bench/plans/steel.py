@@ -58,7 +58,8 @@ def steel(task: Task, clock: Clock, *, tree: bool) -> Outcome:
         advantage = (depth_advantage if tree else chain_advantage)(plan, values)
     edges, ratios, clip = plan.trained(), [], task.recipe.objective.clip[0]
     with clock("train"):
-        for rows in np.array_split(edges, -(-len(edges) // TRAIN_ROWS)):
+        most = min(TRAIN_ROWS, task.max_batch or TRAIN_ROWS)
+        for rows in np.array_split(edges, -(-len(edges) // most)):
             above = x[parent[rows]]
             v = task.velocity(plan, parent[rows], above)
             mean, std = dance_step(above, v, level(parent[rows]), level(rows), task.eta)

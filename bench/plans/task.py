@@ -76,6 +76,10 @@ class Task:
     would magnify the rounding of the latents that it is made from)."""
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    max_batch: int | None = None
+    """Rows of a model call at most, where the plan may choose; None = no limit."""
+    tape: int | None = None
+    """States whose graph fits in memory at once; None = all."""
 
     @property
     def sigmas(self) -> list[float]:
