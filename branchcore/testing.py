@@ -5,9 +5,9 @@ reference itself makes in the same dtype, plus 2 eps(dtype) max|exact|: nobody c
 Letters: N parents, M children, E trained edges, D latent elements.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,10 @@ class OpSpec:
     """Widens the bound; the module that sets it says why."""
     gpu_factor: float = 1.0
     """Widens it where a GPU's special-function unit makes the normals."""
+    large: Mapping[str, Any] = field(
+        default_factory=lambda: {"counts": (4,) * 8, "num_elements": 9001}
+    )
+    """Options of a call that is worth several threads."""
     parts: Callable[[Inputs], Iterator["Part"]] | None = None
     """Cuts a call into calls whose results must keep their bits; by default one per parent."""
 
@@ -116,7 +120,7 @@ def _outcome(factor: float, name: str, found: Tensor, eager: Tensor, exact: Tens
 
 def evaluate(spec: OpSpec, run: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:
     """Run once and name every result and every gradient, for a fixed cotangent."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in spec.differentiable}
+    leaves = _leaves(spec, inputs)
     results = dict(_named(run(**{**inputs, **leaves}), spec.results))
     cotangents = {
         n: normal(r.shape, r.dtype, i).to(r.device) for i, (n, r) in enumerate(results.items())
@@ -130,6 +134,11 @@ def evaluate(spec: OpSpec, run: Callable[..., Any], inputs: Inputs) -> dict[str,
         )
         results |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {name: value.detach() for name, value in results.items()}
+
+
+def _leaves(spec: OpSpec, inputs: Inputs) -> dict[str, Tensor]:
+    given = (name for name in spec.differentiable if inputs[name] is not None)
+    return {name: inputs[name].detach().requires_grad_() for name in given}
 
 
 def _named(result: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -212,7 +221,7 @@ def alone_and_together(spec: OpSpec, inputs: Inputs) -> Iterator[tuple[str, Tens
 
 def ones(spec: OpSpec, inputs: Inputs) -> dict[str, Tensor]:
     """Results and gradients, for a cotangent of ones, which does not see the batch."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in spec.differentiable}
+    leaves = _leaves(spec, inputs)
     results = dict(_named(spec.op(**{**inputs, **leaves}), spec.results))
     graded = [value.sum() for value in results.values() if value.requires_grad]
     if graded:

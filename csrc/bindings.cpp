@@ -21,19 +21,25 @@ const char* best_isa() {
 
 #define BRANCHCORE_BIND(op) ops.def(#op, &op, py::call_guard<py::gil_scoped_release>())
 
-#define BRANCHCORE_BIND_OPS(isa)                \
-  {                                             \
-    using namespace cpu::isa;                   \
-    py::module_ ops = root.def_submodule(#isa); \
-    BRANCHCORE_BIND(philox_normal);             \
-    BRANCHCORE_BIND(philox_words);              \
-    BRANCHCORE_BIND(branch_step);               \
-    BRANCHCORE_BIND(branch_step_backward);      \
-    BRANCHCORE_BIND(edge_dots);                 \
-    BRANCHCORE_BIND(edge_dots_backward);        \
-    BRANCHCORE_BIND(ratio_loss);                \
-    BRANCHCORE_BIND(sde_log_prob);              \
-    BRANCHCORE_BIND(sde_log_prob_backward);     \
+#define BRANCHCORE_BIND_OPS(isa)                  \
+  {                                               \
+    using namespace cpu::isa;                     \
+    py::module_ ops = root.def_submodule(#isa);   \
+    BRANCHCORE_BIND(philox_normal);               \
+    BRANCHCORE_BIND(philox_words);                \
+    BRANCHCORE_BIND(branch_step);                 \
+    BRANCHCORE_BIND(branch_step_backward);        \
+    BRANCHCORE_BIND(edge_dots);                   \
+    BRANCHCORE_BIND(edge_dots_backward);          \
+    BRANCHCORE_BIND(qk_norm_rope);                \
+    BRANCHCORE_BIND(qk_norm_rope_backward);       \
+    BRANCHCORE_BIND(gate_norm_modulate);          \
+    BRANCHCORE_BIND(gate_norm_modulate_backward); \
+    BRANCHCORE_BIND(group_norm_silu);             \
+    BRANCHCORE_BIND(group_norm_silu_backward);    \
+    BRANCHCORE_BIND(ratio_loss);                  \
+    BRANCHCORE_BIND(sde_log_prob);                \
+    BRANCHCORE_BIND(sde_log_prob_backward);       \
   }
 
 PYBIND11_MODULE(_C, root) {

@@ -93,7 +93,7 @@ def test_a_failed_launch_names_the_kernel() -> None:
         pytest.skip("needs a build with CUDA and no GPU")
     assert compiled.runtime_version() >= 12000
     assert compiled.obstacle(0)
-    with pytest.raises(RuntimeError, match='philox_normal: CUDA failed, got ".+"; try python -m'):
+    with pytest.raises(RuntimeError, match=r'philox_normal: CUDA failed, got ".+"; try'):
         compiled.philox_normal(*testing.draws((1,)), torch.zeros(1, 4), 0, 0)
 
 
@@ -149,15 +149,15 @@ def test_what_is_not_there_is_named() -> None:
     ):
         _dispatch.use("cuda")
     with (
-        mock.patch.object(_dispatch, "has_triton", lambda: False),
+        mock.patch.object(_dispatch, "has_triton", return_value=False),
         pytest.raises(RuntimeError, match="'triton' needs the package triton, got none; try pip"),
     ):
         _dispatch.use("triton")
     if not _dispatch.interpreted():
         with (
-            mock.patch.object(_dispatch, "has_triton", lambda: True),
+            mock.patch.object(_dispatch, "has_triton", return_value=True),
             _dispatch.use("triton"),
-            pytest.raises(NotImplementedError, match="must run on a GPU .or on cpu with TRITON"),
+            pytest.raises(NotImplementedError, match="must run on a GPU"),
         ):
             ops.philox_normal(testing.draws((1,)), 4)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from branchcore import _dispatch
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "branchcore"
 LAYERS = [
@@ -76,12 +78,26 @@ def test_optional_packages_stay_in_their_place(path):
             assert path.stem in ("plots", "pictures"), f"{path} imports matplotlib"
 
 
-def test_an_op_is_one_stem_in_every_folder():
+CORE = {"philox_normal", "branch_step", "edge_dots", "ratio_loss", "sde_log_prob"}
+MODEL = {"gate_norm_modulate", "qk_norm_rope", "group_norm_silu"}
+FOLDERS = {
+    "reference": (PACKAGE / "reference", ".py"),
+    "cpp": (ROOT / "csrc" / "cpu", ".cpp"),
+    "cuda": (ROOT / "csrc" / "cuda", ".cu"),
+    "triton": (ROOT / "kernels", ".py"),
+}
+
+
+@pytest.mark.parametrize("implementation", FOLDERS)
+def test_an_op_is_one_stem_in_every_folder(implementation):
     ops = {p.stem for p in (PACKAGE / "ops").glob("*.py")} - {"__init__"}
-    assert ops == {"philox_normal", "branch_step", "edge_dots", "ratio_loss", "sde_log_prob"}
-    for folder, suffix in ((PACKAGE / "reference", ".py"), (ROOT / "csrc" / "cpu", ".cpp")):
-        missing = {op for op in ops if not (folder / f"{op}{suffix}").is_file()}
-        assert not missing, f"{folder} lacks {missing}"
+    assert ops == CORE | MODEL
+    folder, suffix = FOLDERS[implementation]
+    for op in CORE if implementation == "cuda" else ops:
+        assert (folder / f"{op}{suffix}").is_file(), f"{folder} lacks {op}"
+        names = [name for name in _dispatch._ops if name.startswith(op)]
+        assert names, op
+        assert all(implementation in _dispatch._ops[name] for name in names), names
 
 
 def test_kernels_is_a_namespace_folder():

@@ -77,13 +77,8 @@ def test_a_row_does_not_see_its_batch(spec: OpSpec, case: Case, each: Implementa
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_threads_do_not_change_bits(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    large = {"counts": (4,) * 8, "num_elements": 9001}
-    if spec.name == "philox_normal":
-        large = {"num_draws": 16, "num_elements": 9001, "dtype": torch.float32}
-    if spec.name == "ratio_loss":
-        large = {"counts": (4,) * 1000}
-    inputs = spec.build(**large)
+def test_threads_do_not_change_bits(spec: OpSpec) -> None:
+    inputs = spec.build(**spec.large)
     before = torch.get_num_threads()
     runs = []
     for num_threads in (1, 2, 3):

@@ -70,6 +70,14 @@ def _cuda(*inputs: Any) -> tuple[Tensor, Tensor]:
     return y_MD, log_prob_M
 
 
+def _triton(*inputs: Any) -> tuple[Tensor, Tensor]:
+    outputs = _fake(*inputs)
+    states = (_dispatch.dense(state) for state in inputs[:3])
+    rest = (value.contiguous() for value in inputs[3:])
+    _dispatch.triton_kernels("branch_step").branch_step_fwd(*states, *rest, *outputs)
+    return outputs
+
+
 def _reference(
     x_ND: Tensor,
     v_ND: Tensor,
@@ -106,6 +114,15 @@ def _cuda_backward(*inputs: Any) -> Tensor:
     return grad_ND
 
 
+def _triton_backward(*inputs: Any) -> Tensor:
+    grad_ND = _fake_backward(*inputs)
+    grad_y_MD, coefficient_M, child_start, _ = inputs
+    _dispatch.triton_kernels("branch_step").branch_step_bwd(
+        _dispatch.dense(grad_y_MD), coefficient_M, child_start.contiguous(), grad_ND
+    )
+    return grad_ND
+
+
 def _fake_backward(*inputs: Any) -> Tensor:
     grad_y_MD, _, child_start, dtype = inputs
     return grad_y_MD.new_empty(len(child_start) - 1, grad_y_MD.shape[1], dtype=dtype)
@@ -114,13 +131,18 @@ def _fake_backward(*inputs: Any) -> Tensor:
 _forward = _dispatch.define(
     "branch_step(Tensor x, Tensor v, Tensor? h, Tensor rows, Tensor child_start, Tensor key,"
     " Tensor counter, Tensor mix) -> (Tensor, Tensor)",
-    {"cuda": _cuda, "cpp": _cpp, "reference": _reference},
+    {"cuda": _cuda, "triton": _triton, "cpp": _cpp, "reference": _reference},
     _fake,
 )
 _backward = _dispatch.define(
     "branch_step_backward(Tensor grad_y, Tensor coefficient, Tensor child_start, ScalarType dtype)"
     " -> Tensor",
-    {"cuda": _cuda_backward, "cpp": _cpp_backward, "reference": reference.branch_step_backward},
+    {
+        "cuda": _cuda_backward,
+        "triton": _triton_backward,
+        "cpp": _cpp_backward,
+        "reference": reference.branch_step_backward,
+    },
     _fake_backward,
 )
 

@@ -86,6 +86,20 @@ def _cuda(v_ND: Tensor, v_old_ND: Tensor | None, *edges: Tensor | None) -> tuple
     return p_E, q_N
 
 
+def _triton(v_ND: Tensor, v_old_ND: Tensor | None, *edges: Tensor | None) -> tuple[Tensor, Tensor]:
+    p_E, q_N = _empty(v_ND, edges[2])
+    if v_old_ND is None:
+        return p_E.zero_(), q_N.zero_()
+    _dispatch.triton_kernels("edge_dots").edge_dots_fwd(
+        _dispatch.dense(v_ND),
+        _dispatch.dense(v_old_ND),
+        *(_dispatch.contiguous(part) for part in edges),
+        p_E,
+        q_N,
+    )
+    return p_E, q_N
+
+
 def _reference(
     v_ND: Tensor, v_old_ND: Tensor | None, *edges: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -120,6 +134,20 @@ def _cuda_backward(*inputs: Any) -> Tensor:
     return dv_ND
 
 
+def _triton_backward(*inputs: Any) -> Tensor:
+    dv_ND = _fake_backward(*inputs)
+    grad_p_E, grad_q_N, v_ND, v_old_ND, *edges = inputs[:-2]
+    _dispatch.triton_kernels("edge_dots").edge_dots_bwd(
+        grad_p_E.contiguous(),
+        grad_q_N.contiguous(),
+        _dispatch.dense(v_ND),
+        _dispatch.dense(v_old_ND),
+        *(_dispatch.contiguous(part) for part in edges),
+        dv_ND,
+    )
+    return dv_ND
+
+
 def _reference_backward(
     grad_p_E: Tensor,
     grad_q_N: Tensor,
@@ -142,14 +170,19 @@ def _fake_backward(*inputs: Any) -> Tensor:
 _forward = _dispatch.define(
     "edge_dots(Tensor v, Tensor? v_old, Tensor? child_start, Tensor? key, Tensor? counter,"
     " Tensor? mix) -> (Tensor, Tensor)",
-    {"cuda": _cuda, "cpp": _cpp, "reference": _reference},
+    {"cuda": _cuda, "triton": _triton, "cpp": _cpp, "reference": _reference},
     _fake,
 )
 _backward = _dispatch.define(
     "edge_dots_backward(Tensor grad_p, Tensor grad_q, Tensor? v, Tensor? v_old,"
     " Tensor? child_start, Tensor? key, Tensor? counter, Tensor? mix, SymInt num_elements,"
     " ScalarType dtype) -> Tensor",
-    {"cuda": _cuda_backward, "cpp": _cpp_backward, "reference": _reference_backward},
+    {
+        "cuda": _cuda_backward,
+        "triton": _triton_backward,
+        "cpp": _cpp_backward,
+        "reference": _reference_backward,
+    },
     _fake_backward,
 )
 

@@ -48,6 +48,13 @@ def _cuda(*inputs: Any) -> Tensor:
     return out_MD
 
 
+def _triton(*inputs: Any) -> Tensor:
+    out_MD = _fake(*inputs)
+    noise = (part.contiguous() for part in inputs[:3])
+    _dispatch.triton_kernels("philox_normal").philox_normal_fwd(*noise, out_MD)
+    return out_MD
+
+
 def _reference(
     key: Tensor, counter_M3: Tensor, mix_M2: Tensor, num_elements: int, dtype: torch.dtype
 ) -> Tensor:
@@ -62,7 +69,7 @@ def _fake(*inputs: Any) -> Tensor:
 _forward = _dispatch.define(
     "philox_normal(Tensor key, Tensor counter, Tensor mix, SymInt num_elements, ScalarType dtype)"
     " -> Tensor",
-    {"cuda": _cuda, "cpp": _cpp, "reference": _reference},
+    {"cuda": _cuda, "triton": _triton, "cpp": _cpp, "reference": _reference},
     _fake,
     lead=lambda *args: (args[0].device, args[4]),
 )
@@ -96,4 +103,5 @@ SPEC = testing.OpSpec(
     results=("out_MD",),
     # sine and cosine to 2^-21: at most 3.3 with errors of that size and the worst signs
     gpu_factor=4.0,
+    large={"num_draws": 16, "num_elements": 9001, "dtype": torch.float32},
 )

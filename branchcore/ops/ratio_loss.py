@@ -73,6 +73,14 @@ def _cuda(p_E: Tensor, q_N: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor,
     return outputs
 
 
+def _triton(p_E: Tensor, q_N: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *edges, low, high = rest
+    outputs = _fake(p_E, q_N)
+    inputs = (value.contiguous() for value in (p_E, q_N, *edges))
+    _dispatch.triton_kernels("ratio_loss").ratio_loss_fwd(*inputs, low, high, *outputs)
+    return outputs
+
+
 def _reference(p_E: Tensor, q_N: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *edges, low, high = rest
     inputs: Any = (p_E, q_N, *edges, (low, high))
@@ -93,7 +101,7 @@ def _fake(p_E: Tensor, q_N: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Te
 _forward = _dispatch.define(
     "ratio_loss(Tensor p, Tensor q, Tensor child_start, Tensor exponent, Tensor advantage,"
     " Tensor weight, float low, float high) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"cuda": _cuda, "cpp": _cpp, "reference": _reference},
+    {"cuda": _cuda, "triton": _triton, "cpp": _cpp, "reference": _reference},
     _fake,
 )
 
@@ -153,4 +161,5 @@ SPEC = testing.OpSpec(
     ),
     num_bytes=lambda inputs: testing.num_bytes(*inputs.values(), inputs["p_E"], inputs["q_N"]),
     differentiable=("p_E", "q_N"),
+    large={"counts": (4,) * 1000},
 )

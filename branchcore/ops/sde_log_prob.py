@@ -68,6 +68,12 @@ def _cuda(*inputs: Tensor) -> Tensor:
     return log_prob_M
 
 
+def _triton(*inputs: Tensor) -> Tensor:
+    log_prob_M = _fake(*inputs)
+    _dispatch.triton_kernels("sde_log_prob").sde_log_prob_fwd(*_ready(*inputs), log_prob_M)
+    return log_prob_M
+
+
 def _ready(*inputs: Tensor | None) -> Iterator[Tensor | None]:
     """Lay out (x, v, y, rows, child_start, h) as GPU kernels read them."""
     for place, value in enumerate(inputs):
@@ -94,6 +100,13 @@ def _cuda_backward(grad_M: Tensor, *inputs: Tensor) -> Tensor:
     return dv_ND
 
 
+def _triton_backward(grad_M: Tensor, *inputs: Tensor) -> Tensor:
+    dv_ND = _fake_backward(grad_M, *inputs)
+    kernels = _dispatch.triton_kernels("sde_log_prob")
+    kernels.sde_log_prob_bwd(grad_M.contiguous(), *_ready(*inputs), dv_ND)
+    return dv_ND
+
+
 def _fake_backward(*inputs: Tensor) -> Tensor:
     v_ND = inputs[2]
     return torch.empty_like(v_ND, memory_format=torch.contiguous_format)
@@ -102,13 +115,18 @@ def _fake_backward(*inputs: Tensor) -> Tensor:
 _forward = _dispatch.define(
     "sde_log_prob(Tensor x, Tensor v, Tensor y, Tensor rows, Tensor child_start, Tensor? h)"
     " -> Tensor",
-    {"cuda": _cuda, "cpp": _cpp, "reference": reference.sde_log_prob},
+    {"cuda": _cuda, "triton": _triton, "cpp": _cpp, "reference": reference.sde_log_prob},
     _fake,
 )
 _backward = _dispatch.define(
     "sde_log_prob_backward(Tensor grad, Tensor x, Tensor v, Tensor y, Tensor rows,"
     " Tensor child_start, Tensor? h) -> Tensor",
-    {"cuda": _cuda_backward, "cpp": _cpp_backward, "reference": reference.sde_log_prob_backward},
+    {
+        "cuda": _cuda_backward,
+        "triton": _triton_backward,
+        "cpp": _cpp_backward,
+        "reference": reference.sde_log_prob_backward,
+    },
     _fake_backward,
 )
 
