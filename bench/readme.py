@@ -131,10 +131,49 @@ def digits_training(result: dict[str, Any]) -> str:
     )
 
 
+def aot(result: dict[str, Any]) -> str:
+    """Formats what compilers made of the GPU kernels, an op and language a row."""
+    meta, kernels = result["meta"], result["kernels"]
+    groups = sorted({(r["op"], r["language"]) for r in kernels if r["op"] != "device"})
+    rows = []
+    for op, language in groups:
+        own = [r for r in kernels if (r["op"], r["language"]) == (op, language)]
+        hopper = [r for r in own if r["chip"] == "sm_90"]
+        costs = [r["instructions_per_normal"] for r in hopper]
+        costs = [cost for cost in costs if cost is not None]
+        rows.append(
+            [
+                op,
+                {"cuda": "CUDA C++", "triton": "Triton"}[language],
+                str(len({r["kernel"] for r in own})),
+                str(len(own)),
+                str(max(r["registers"] for r in hopper)),
+                f"{min(costs):.1f} to {max(costs):.1f}" if costs else "",
+            ]
+        )
+    head = ("op", "language", "kernels", "compiled", "registers", "instructions per normal")
+    versions = f"Triton {meta['triton']}, nvcc {meta['nvcc']}"
+    return "\n".join(
+        [
+            f"    {AOT_COMMAND}",
+            "",
+            "Triton for sm_80, sm_90, sm_100 and gfx942; CUDA C++ for sm_80, 86, 89, 90, 100, 120, "
+            "and PTX. Registers are the most of any build on sm_90; instructions per normal are "
+            "SASS on sm_90, of one iteration that draws one stream, everything included.",
+            "",
+            markdown(head, rows),
+            "",
+            f"{versions}, {meta['date']}, commit {meta['commit'][:9]}.",
+        ]
+    )
+
+
+AOT_COMMAND = "python bench/aot.py --json bench/results/aot.json"
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tree_throughput": ("tree_throughput_cpu.json", tree_throughput),
     "ops_cpu": ("ops_cpu.json", ops_cpu),
     "digits_training": ("digits_training.json", digits_training),
+    "aot": ("aot.json", aot),
 }
 
 
