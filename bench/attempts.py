@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,17 @@ def attempt(what: str, call: Callable[[], Any], failures: list[dict[str, str]], 
 
 
 def write_json(path: Path | None, result: Any) -> None:
-    """Replaces a result file at once, so that nobody ever reads half of one."""
+    """Replaces a result file at once, so that nobody ever reads half of one; NaN becomes null."""
     if path is not None:
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
         part.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """Replaces what JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

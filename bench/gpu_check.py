@@ -17,13 +17,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from gpu_steps import ROOT, Step, phases
-from gpu_summary import counts, summary, tail
+from gpu_summary import counts, ran, summary, tail
 
 LOG_BYTES = 400_000
 BROKEN = 75
@@ -65,9 +66,12 @@ class Check:
                     continue
                 running.append(self.begin(step, self.start + used))
             while running:
-                running = [left for each in running if (left := self.look(each)) is not None]
+                running = self.collect(running)
                 time.sleep(0.05)
             self.write()
+        # of a step that was ended while it wrote
+        for part in self.out.glob("*.part"):
+            part.unlink()
         return int(any(step["status"] in ("failed", "cut off") for step in self.steps))
 
     def begin(self, step: Step, end: float, resumed: int = 0) -> Running:
@@ -91,18 +95,25 @@ class Check:
         start = time.monotonic()
         return Running(step, child, log, start, max(end, start + 5.0), resumed)
 
-    def look(self, running: Running) -> Running | None:
+    def collect(self, running: list[Running]) -> list[Running]:
+        """Notes the steps that are done or out of time, and returns the others."""
+        now = time.monotonic()
+        late = [each for each in running if each.child.poll() is None and now >= each.end]
+        stop([each.child for each in late])
+        left = (self.look(each, late=each in late) for each in running)
+        return [each for each in left if each is not None]
+
+    def look(self, running: Running, *, late: bool) -> Running | None:
         """Returns a step that is still at work; None when it is done and noted."""
         step, child, *_ = running
         code, now = child.poll(), time.monotonic()
-        if code is None and now < running.end:
+        if late:
+            code = None
+        elif code is None:
             return running
         if code == BROKEN and step.resumable and running.resumed < 8 and now + 15 < running.end:
             return self.begin(step, running.end, running.resumed + 1)
-        status = "ok" if code == 0 else "failed"
-        if code is None:
-            status = "cut off"
-            stop(child)
+        status = "cut off" if late else "ok" if code == 0 else "failed"
         row = {
             "name": step.name,
             "status": status,
@@ -119,13 +130,18 @@ class Check:
         found: dict[str, Any] = {}
         if step.junit is not None:
             found["tests"] = counts(step.junit)
+            if status == "ok" and step.must_run is not None and not ran(step.junit, step.must_run):
+                wanted = f"a test with {step.must_run!r} in its name" if step.must_run else "a test"
+                found |= {"status": "failed", "why": f"{wanted} must run, got none"}
         if step.verdict is not None:
             judged, found["found"] = step.verdict(tail(log, 4000, 100_000), status)
             if judged is not None:
                 found["status"] = judged
         if step.result is not None:
             try:
-                json.loads(step.result.read_text())
+                whole = json.loads(step.result.read_text())
+                if status == "cut off" and whole.get("failures") == []:
+                    found["status"] = "cut short"
             except (OSError, ValueError) as error:
                 left = {"error": f"no result: {error}", "status": status, "log": tail(log, 30)}
                 step.result.write_text(json.dumps(left, indent=1) + "\n")
@@ -154,13 +170,17 @@ class Check:
         (self.out / "summary.md").write_text(summary(self.out, result))
 
 
-def stop(child: subprocess.Popen[bytes]) -> None:
-    """Ends a step and all that it started, politely first: pytest then still says what it found."""
+def stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends steps and all that they started, politely first: pytest still says what it found."""
     for how, seconds in GRACE:
         # what a step started may outlive it: the group is asked until it is empty
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(child.pid, how)
-            child.wait(seconds)
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, how)
+        end = time.monotonic() + seconds
+        for child in children:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(max(end - time.monotonic(), 0.0))
 
 
 def main() -> int:

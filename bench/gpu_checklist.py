@@ -5,7 +5,8 @@
 Forward by batch: eager, in a CUDA graph, compiled; attention by backend; whether a row's bits
 depend on its neighbours or on gradients; memory and backward of 15 states on the tape; a decoder
 with its norms eager and fused; kernels at 8 x 3 and 64 x 3. Each part is on its own: one that
-breaks is recorded, and one that the budget has no time for is named. Nothing here is judged.
+breaks is recorded with its error, and one that the budget has no time for is named. Nothing here
+is judged, except that `bitwise` must run and no part may kill the GPU's context.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 BATCHES = {"cuda": (16, 1, 32, 2), "cpu": (2, 1)}
 KERNELS = ("branch_step", "edge_dots+ratio_loss")
 TAPED = 15
+COMPILE_SECONDS = {"cuda": 45.0, "cpu": 2.0}
+"""What a compiled part takes at least, for all that is known before."""
+JUDGED = ("bitwise",)
 ATTENTION = ("flash_attn", "flash_attn_interface", "flash_attn_3", "xformers")
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 Result = dict[str, Any]
@@ -52,33 +56,40 @@ class Checklist:
         dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.model = MMDiTModel(self.config, 2, device, dtype)
         self.failures: list[dict[str, str]] = []
+        self.errors: list[dict[str, str]] = []
+        """What broke in parts that are not judged."""
         self.cut: list[str] = []
-        self.result: Result = {"meta": facts(device), "cut": self.cut, "failures": self.failures}
+        self.result: Result = {"meta": facts(device), "cut": self.cut, "errors": self.errors}
+        self.result["failures"] = self.failures
 
     def run(self) -> None:
         """Runs all parts, those with compilers last."""
         for name in ("matmul", "forward", "bitwise", "tape", "attention", "decoder", "kernels"):
             self.part(name, getattr(self, name))
+        longest = COMPILE_SECONDS[self.device.type]
         for rows in BATCHES[self.device.type]:
-            self.part(f"compiled forward of {rows}", partial(self.compiled_forward, rows))
+            run = partial(self.compiled_forward, rows)
+            longest = max(longest, self.part(f"compiled forward of {rows}", run, longest))
 
-    def part(self, name: str, run: Callable[[], Any]) -> None:
-        """Runs a part if there is time, and writes what it found."""
-        if time.perf_counter() > self.end:
-            self.cut.append(name)
-            return
+    def part(self, name: str, run: Callable[[], Any], needed: float = 0.0) -> float:
+        """Runs a part if there is time, writes what it found, and returns its seconds."""
         start = time.perf_counter()
+        if start + needed > self.end:
+            self.cut.append(name)
+            return 0.0
+        kept = self.failures if name in JUDGED else self.errors
         try:
-            found = attempt(name, run, self.failures)
-            if found is not None:
-                self.result[name] = found
-                taken = time.perf_counter() - start
-                print(f"{name} ({taken:.1f} s): {json.dumps(found)}", flush=True)
+            found = attempt(name, run, kept)
+            self.result[name] = {"error": kept[-1]["error"]} if found is None else found
+        except ContextDied:
+            # whatever part it was in: no later one can run
+            self.failures += [] if kept is self.failures else kept[-1:]
+            raise
         finally:
-            self.write()
-
-    def write(self) -> None:
-        write_json(self.path, self.result)
+            write_json(self.path, self.result)
+        taken = time.perf_counter() - start
+        print(f"{name} ({taken:.1f} s): {json.dumps(self.result[name])}", flush=True)
+        return taken
 
     def wait(self) -> None:
         if self.on_gpu:
@@ -111,8 +122,7 @@ class Checklist:
         """Times the product that every utilisation is divided by."""
         size = 8192 if self.on_gpu else 64
         a, b = (torch.randn(size, size, device=self.device).bfloat16() for _ in range(2))
-        taken = self.seconds(lambda: a @ b)
-        return {"size": size, "tflops": 2e-12 * size**3 / taken}
+        return {"size": size, "tflops": 2e-12 * size**3 / self.seconds(lambda: a @ b)}
 
     def forward(self) -> list[Result]:
         """Times a forward by batch, eager and replayed."""
@@ -131,7 +141,7 @@ class Checklist:
             for block in self.model.module.blocks:
                 block._compiled_call_impl = None
         whole = {"mode": "grad and no-grad, compiled", "rows": rows, "bitwise_equal": same}
-        return [*found, {**whole, "seconds_in_all": time.perf_counter() - start}]
+        return [*found, whole | {"seconds_in_all": time.perf_counter() - start}]
 
     def _forward(self, rows: int, mode: str) -> list[Result]:
         given = self.inputs(rows)
@@ -222,7 +232,8 @@ class Checklist:
                         one = self.seconds(lambda: F.scaled_dot_product_attention(q, k, v), 0.1)
                     return {"forward_ms": 1e3 * one, "both_ms": 1e3 * self.seconds(both, 0.1)}
 
-            found[name] = attempt(f"attention {name}", run, self.failures)
+            took = attempt(f"attention {name}", run, self.errors)
+            found[name] = took or {"error": self.errors[-1]["error"]}
         return found
 
     def decoder(self) -> list[Result]:
@@ -277,8 +288,9 @@ def main() -> int:
     found = Checklist(device, options.json, options.budget)
     with suppress(ContextDied):
         found.run()
-    found.write()
+    write_json(options.json, found.result)
     print(f"cut by the budget: {', '.join(found.cut) or 'nothing'}")
+    print(f"broke, not judged: {', '.join(f['what'] for f in found.errors) or 'nothing'}")
     return int(bool(found.failures))
 
 

@@ -234,7 +234,7 @@ def _group_norm_silu(
     @cache
     def contiguous(seed: int) -> Tensors:
         x, *rest = inputs(seed)
-        # the baseline has the layout it is fastest in
+        # on a GPU torch's own norm wants NCHW, and copies anything else to it first
         return x.contiguous(), *rest
 
     def baseline(wrap: Wrap) -> Make:

@@ -38,6 +38,15 @@ def counts(junit: Path) -> Result:
     return found | {"failed": bad[:MOST_FAILURES]}
 
 
+def ran(junit: Path, word: str = "") -> int:
+    """Counts the tests that ran, not skipped, and have a word in their name."""
+    try:
+        cases = ElementTree.parse(junit).getroot().iter("testcase")
+    except (OSError, ElementTree.ParseError):
+        return 0
+    return sum(word in case.get("name", "") and case.find("skipped") is None for case in cases)
+
+
 def read(path: Path) -> Result:
     """Reads a result; an empty one if there is none."""
     try:
@@ -78,6 +87,10 @@ def step_row(step: Result) -> list[str]:
             f"{tests['tests']} tests, {tests['failures']} failed, {tests['errors']} errors, "
             f"{tests['skipped']} skipped"
         )
+        if "why" in step:
+            note += f"; {step['why']}"
+    if step["status"] == "cut short":
+        note = next(iter(step.get("found", [])), "out of time, its result is whole")
     if step.get("resumed"):
         note += f" went on {step['resumed']} times after a broken context"
     if step["status"] == "failed" and not note:
@@ -89,13 +102,15 @@ def step_row(step: Result) -> list[str]:
 def verdicts(ops: Result) -> list[str]:
     if not ops.get("verdicts"):
         return []
-    said = {True: "met", False: "**missed**", None: "not measured"}
+    said = {True: "met", False: "**missed**", None: "not judged"}
     rows = [[v["target"], v["wanted"], v["got"], said[v["met"]]] for v in ops["verdicts"]]
     limits = ops["ceilings"]
     measured = limits["normals_measured"]
     source = "" if measured is None else f", measured {1e-12 * measured:.2f}"
+    rate = limits["copy_bytes_per_s"]
+    copied = "not measured" if rate is None else f"{1e-9 * rate:.0f} GB/s"
     return [
-        f"Copy {1e-9 * limits['copy_bytes_per_s']:.0f} GB/s; normals "
+        f"Copy {copied}; normals "
         f"{1e-12 * limits['normals_per_s']:.2f} T/s (the model's 1.20 or faster{source}).",
         "",
         *table(["target", "wanted", "got", ""], rows),
@@ -126,10 +141,9 @@ def ratios(tree: Result) -> list[str]:
 
 
 def forwards(found: Result) -> list[str]:
-    rows = list(found.get("forward", []))
-    for name, part in found.items():
-        if name.startswith("compiled forward"):
-            rows += [row for row in part if "ms" in row]
+    # a part that broke is its error, not a list
+    parts = [part for name, part in found.items() if "forward" in name and isinstance(part, list)]
+    rows = [row for part in parts for row in part if "ms" in row]
     if not rows:
         return []
     rows.sort(key=lambda row: (row["rows"], row["mode"]))
@@ -146,7 +160,8 @@ def cuts(ops: Result, found: Result) -> list[str]:
     for name, part in (("ops", ops), ("checklist", found)):
         if part.get("cut"):
             lines += [f"Cut from {name} for time: {'; '.join(part['cut'])}.", ""]
-        bad = [f"{f['what']}: {f['error'].splitlines()[0][:160]}" for f in part.get("failures", [])]
-        if bad:
-            lines += [f"Failures in {name}:", "", *(f"- {line}" for line in bad[:20]), ""]
+        for key, head in (("failures", "Failures in"), ("errors", "Not judged, but broke in")):
+            bad = [f"{f['what']}: {f['error'].splitlines()[0][:160]}" for f in part.get(key, [])]
+            if bad:
+                lines += [f"{head} {name}:", "", *(f"- {line}" for line in bad[:20]), ""]
     return lines

@@ -45,6 +45,8 @@ class Prepared(NamedTuple):
     graphed: bool
     host_seconds: float
     """What one call costs the host, launched from Python."""
+    launch_seconds: float
+    """What one launch costs the host: a replay of the graph, or all the calls."""
     kept: Any
     """What must stay alive as long as the launch: outputs and the graph's pool."""
 
@@ -99,7 +101,7 @@ class Lane:
             for call in (*calls, calls[0]):
                 call()
         if not self.on_gpu:
-            return Prepared(lambda: [call() for call in calls], sets, False, 0.0, calls)
+            return Prepared(lambda: [call() for call in calls], sets, False, 0.0, 0.0, calls)
         self.wait()
         host = self._host_seconds(calls)
         alone = self.seconds(lambda: [call() for call in calls], host * sets) / sets
@@ -111,8 +113,9 @@ class Lane:
             print(f"    no graph: {str(error).splitlines()[0][:120]}", flush=True)
             self.wait()
             launch = lambda: [call() for call in ordered]  # noqa: E731
-            return Prepared(launch, len(ordered), False, host, calls)
-        return Prepared(graph.replay, len(ordered), True, host, (calls, outputs))
+            return Prepared(launch, len(ordered), False, host, host * len(ordered), calls)
+        replay = self._host_seconds([graph.replay], 1)
+        return Prepared(graph.replay, len(ordered), True, host, replay, (calls, outputs))
 
     def wait(self) -> None:
         if self.on_gpu:
@@ -133,14 +136,14 @@ class Lane:
         end.synchronize()
         return 1e-3 * start.elapsed_time(end)
 
-    def _host_seconds(self, calls: Sequence[Call]) -> float:
+    def _host_seconds(self, calls: Sequence[Call], times: int = HOST_CALLS) -> float:
         with torch.cuda.stream(self.stream):
             start = time.perf_counter()
-            for i in range(HOST_CALLS):
+            for i in range(times):
                 calls[i % len(calls)]()
             taken = time.perf_counter() - start
         self.wait()
-        return taken / HOST_CALLS
+        return taken / times
 
     def _capture(self, calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
         graph = torch.cuda.CUDAGraph()
@@ -164,8 +167,8 @@ def time_in_turn(
     start, done, total = time.perf_counter(), 0, rounds[0]
     while done < total:
         for name, variant in variants.items():
-            host = 0.0 if variant.graphed else variant.host_seconds * variant.calls
-            found[name].append(lane.seconds(variant.launch, host) / variant.calls)
+            taken = lane.seconds(variant.launch, variant.launch_seconds)
+            found[name].append(taken / variant.calls)
         done += 1
         if done == 1:
             one = max(time.perf_counter() - start, 1e-6)

@@ -93,10 +93,17 @@ def _status_kib(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def tape_states(view: Any, device: torch.device, share: float = 0.5, rows: int = 4) -> int:
-    """Returns how many states' graphs fit in a share of the GPU's free memory; it runs a few.
+def tape_states(
+    view: Any, device: torch.device, max_batch: int, share: float = 0.5, rows: int = 4
+) -> int:
+    """Returns how many states' graphs fit in the GPU's free memory; it runs a few.
 
-    The rest is for activations of the states that are not on the tape.
+    Args:
+        view: model.
+        device: GPU.
+        max_batch: states whose graphs a backward makes anew beside those on the tape.
+        share: of the memory that is then left; the rest is for what a call needs while it runs.
+        rows: states to run.
     """
     x = torch.zeros(rows, *view.latent_shape, device=device)
     sigma, prompt = torch.full((rows,), 0.5, device=device), torch.zeros(rows, dtype=torch.int64)
@@ -106,7 +113,7 @@ def tape_states(view: Any, device: torch.device, share: float = 0.5, rows: int =
     v.sum().backward()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return int(share * free / one)
+    return max(int(share * (free / one - max_batch)), 0)
 
 
 def pair_cost(view: Any, device: torch.device, rows: int = 64, repeats: int = 5) -> float:

@@ -25,12 +25,12 @@ def main() -> int:
     parser.add_argument("--op", help="only this op")
     options = parser.parse_args()
     device, ran = torch.device(options.device), 0
-    for module in pkgutil.iter_modules(ops.__path__):
-        if options.op not in (None, module.name):
-            continue
-        spec = importlib.import_module(f"branchcore.ops.{module.name}").SPEC
-        if options.implementation not in _dispatch._ops[spec.name]:
-            continue
+    names = [module.name for module in pkgutil.iter_modules(ops.__path__)]
+    chosen = [name for name in names if options.op in (None, name)]
+    specs = [importlib.import_module(f"branchcore.ops.{name}").SPEC for name in chosen]
+    specs = [spec for spec in specs if options.implementation in _dispatch._ops[spec.name]]
+    print(f"{sum(len(spec.cases) for spec in specs)} cases to run", flush=True)
+    for spec in specs:
         with _dispatch.use(options.implementation):
             for case in spec.cases:
                 testing.ones(spec, testing.to(spec.build(**case.options), device))

@@ -59,6 +59,12 @@ def matrix(op: str, name: str, value: Any) -> tuple[int, int]:
     return value.shape[0], value.shape[1]
 
 
+def positive(op: str, name: str, value: float) -> None:
+    """Check a number."""
+    if not value > 0.0:
+        raise ValueError(f"{op}: {name} must be positive, got {value}")
+
+
 def states(first: Tensor) -> tuple[torch.dtype, ...]:
     """Name the dtypes that go with the leading state: float64 is all or none."""
     return REFERENCE if first.dtype == torch.float64 else STATE
@@ -71,8 +77,9 @@ def noise(
     if not isinstance(value, Noise):
         raise TypeError(f"{op}: noise must be a branchcore.Noise, got {type(value).__name__}")
     key, counter, mix = value
+    length(op, "noise.key", key)
     device = key.device if device is None else device
-    num_draws = len(counter) if num_draws is None else num_draws
+    num_draws = length(op, "noise.counter", counter) if num_draws is None else num_draws
     tensor(op, "noise.key", key, (3,), INDEX, device)
     tensor(op, "noise.counter", counter, (num_draws, 3), (torch.int32,), device)
     tensor(op, "noise.mix", mix, (num_draws, 2), ROW, device)

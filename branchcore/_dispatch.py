@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch  # before _C, so that both share one OpenMP runtime
 LIBRARY = torch.library.Library("branchcore", "DEF")
 # In the order of preference.
 IMPLEMENTATIONS = ("cuda", "triton", "cpp", "reference")
+TRITON = (3, 6)
 FAST_DTYPES = (torch.float32, torch.bfloat16)
 
 _ops: dict[str, tuple[str, ...]] = {}
@@ -61,7 +63,7 @@ def triton_kernels(op: str) -> ModuleType:
     """Import the Triton kernels of an op; raises if Triton is not installed."""
     if not has_triton():
         raise RuntimeError(
-            "branchcore: implementation 'triton' needs the package triton, got none; "
+            "branchcore: implementation 'triton' needs the package triton, 3.6 or newer, got none; "
             "try pip install 'branchcore[triton]'"
         )
     return importlib.import_module(f"branchcore.kernels.{op}")
@@ -69,8 +71,17 @@ def triton_kernels(op: str) -> ModuleType:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton can be imported; it is not imported to find out."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether a Triton that the kernels know can be imported; it is not imported to find out."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    # AMD's builds of torch bring it under other names
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            release = metadata.version(name).split(".")[:2]
+        except metadata.PackageNotFoundError:
+            continue
+        return tuple(map(int, release)) >= TRITON
+    return False
 
 
 @cache
@@ -181,10 +192,10 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name == "cuda":
         return _cuda_obstacle(device)
     if not has_triton():
-        return "needs the package triton"
+        return f"needs the package triton, {'.'.join(map(str, TRITON))} or newer"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return "must run on a GPU (or on cpu with TRITON_INTERPRET=1)"
-    return None
+    return old_chip(device.index or 0) if device.type == "cuda" else None
 
 
 def _cpp_obstacle(device: torch.device) -> str | None:
@@ -205,6 +216,14 @@ def _cuda_obstacle(device: torch.device) -> str | None:
 def chip_obstacle(index: int) -> str | None:
     """Say why the compiled CUDA kernels cannot run on this GPU; asked once per device."""
     return cuda().obstacle(index) or None
+
+
+@cache
+def old_chip(index: int) -> str | None:
+    """Say why Triton cannot compile for this GPU: NVIDIA's round to bfloat16 from sm_80 on."""
+    if torch.version.hip or torch.cuda.get_device_capability(index) >= (8, 0):
+        return None
+    return "must run on an NVIDIA GPU of sm_80 or newer"
 
 
 def _lead(first: torch.Tensor, *_: Any) -> tuple[torch.device, torch.dtype]:

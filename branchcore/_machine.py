@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+import branchcore
 from branchcore import _dispatch
 
 # Distributions that provide the module triton: releases, nightly builds, AMD.
@@ -53,7 +54,7 @@ class Machine(NamedTuple):
     isa: str
     """The one that the compiled kernels use."""
     foreign_modules: tuple[str, ...]
-    """Compiled modules beside the package that this Python cannot load."""
+    """Compiled modules in the package's folders that this Python cannot load."""
     torch: str
     torch_cuda: str
     torch_hip: str
@@ -171,7 +172,9 @@ def _gpu(device: torch.device, chips: Sequence[str]) -> Gpu:
 
 
 def _compiled_files() -> tuple[str, ...]:
-    return tuple(sorted(path.name for path in Path(__file__).parent.glob("_C.*")))
+    # a checkout's package has the folders of an installed copy on its path
+    found = {path.name for folder in branchcore.__path__ for path in Path(folder).glob("_C.*")}
+    return tuple(sorted(found))
 
 
 def _triton() -> str:

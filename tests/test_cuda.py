@@ -7,7 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from cuda_on_host.build import FLAGS, HERE, INCLUDES, compiler
+from branchcore.kernels.launch import launch_grid
+from cuda_on_host.build import FLAGS, INCLUDES, compiler
 from implementations import ALL, NATIVE, cpu_runs, cuda_on_host
 from torch import Tensor
 
@@ -84,7 +85,6 @@ def test_the_host_notices_a_shuffle_that_lanes_leave_out(tmp_path) -> None:
     subprocess.run([compiler(), *FLAGS, *includes, source, "-o", program], check=True)
     said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     assert said == "half: threads wait at a barrier that others skip\n"
-    assert HERE.is_dir()
 
 
 def test_a_failed_launch_names_the_kernel() -> None:
@@ -97,15 +97,57 @@ def test_a_failed_launch_names_the_kernel() -> None:
         compiled.philox_normal(*testing.draws((1,)), torch.zeros(1, 4), 0, 0)
 
 
+class BrokenKernel:
+    """Stands for a Triton kernel whose launch fails."""
+
+    fn = SimpleNamespace(__name__="_broken_fwd_kernel")
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def run(*_, **__):
+            self.grids.append(grid)
+            raise RuntimeError("Triton Error [CUDA]: out of resources")
+
+        return run
+
+
+def test_a_triton_launch_is_on_its_device_and_named() -> None:
+    kernel, x = BrokenKernel(), torch.zeros(3)
+    with (
+        mock.patch.object(torch.cuda, "device_of") as device_of,
+        pytest.raises(RuntimeError, match="_broken_fwd_kernel: launch failed, got 'Triton Error"),
+    ):
+        launch_grid(kernel, 5, x)
+    device_of.assert_called_once_with(x)
+    with pytest.raises(ValueError, match="_broken_fwd_kernel: programs must be at most 2"):
+        launch_grid(kernel, 2**31, x)
+    launch_grid(kernel, 0, x)
+    launch_grid(kernel, (4, 0), x)
+    assert kernel.grids == [(5,)]
+
+
+def test_a_cuda_launch_past_int32_says_so() -> None:
+    compiled = _dispatch._cuda
+    if compiled is None:
+        pytest.skip("needs a build with CUDA")
+    out = torch.zeros(1, 512).expand(2**31, 512)
+    with pytest.raises(ValueError, match="philox_normal: tiles of all rows must be at most 2"):
+        compiled.philox_normal(*testing.draws((1,)), out, 0, 0)
+
+
 def fake(obstacle: str) -> SimpleNamespace:
     return SimpleNamespace(obstacle=lambda _: obstacle, chips=lambda: "80, 90")
 
 
 @pytest.fixture
 def _asked_anew():
-    _dispatch.chip_obstacle.cache_clear()
+    for asked in (_dispatch.chip_obstacle, _dispatch.old_chip):
+        asked.cache_clear()
     yield
-    _dispatch.chip_obstacle.cache_clear()
+    for asked in (_dispatch.chip_obstacle, _dispatch.old_chip):
+        asked.cache_clear()
 
 
 @pytest.mark.usefixtures("_asked_anew")
@@ -116,11 +158,17 @@ def _asked_anew():
         (fake("is built for chips sm_80, 90, not for this one"), True, "triton"),
         (None, True, "triton"),
         (None, False, "reference"),
+        (None, None, "reference"),
     ],
-    ids=["cuda", "chip too old", "CPU-only build", "no Triton either"],
+    ids=["cuda", "chip not built for", "CPU-only build", "no Triton either", "sm_75"],
 )
-def test_a_gpu_tensor_runs_on_what_there_is(cuda, triton: bool, chosen: str) -> None:
-    with mock.patch.multiple(_dispatch, _cuda=cuda, has_triton=lambda: triton):
+def test_a_gpu_tensor_runs_on_what_there_is(cuda, triton: bool | None, chosen: str) -> None:
+    """`triton` None: it is there, but the chip is too old for its bfloat16."""
+    chip = (7, 5) if triton is None else (9, 0)
+    with (
+        mock.patch.multiple(_dispatch, _cuda=cuda, has_triton=lambda: triton is not False),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=chip),
+    ):
         assert _dispatch.choose("branch_step", GPU, F32) == chosen
         assert _dispatch.choose("branch_step", CPU, F32) == "cpp"
 
@@ -150,7 +198,7 @@ def test_what_is_not_there_is_named() -> None:
         _dispatch.use("cuda")
     with (
         mock.patch.object(_dispatch, "has_triton", return_value=False),
-        pytest.raises(RuntimeError, match="'triton' needs the package triton, got none; try pip"),
+        pytest.raises(RuntimeError, match="needs the package triton, 3"),
     ):
         _dispatch.use("triton")
     if not _dispatch.interpreted():
@@ -162,7 +210,6 @@ def test_what_is_not_there_is_named() -> None:
             ops.philox_normal(testing.draws((1,)), 4)
 
 
-@needs_compiler
 def test_a_nan_is_seen_in_the_statistics() -> None:
     edges = torch.full((3, 2), 1.0)
     inputs = (torch.tensor([0.1, torch.nan, 0.2]), torch.zeros(1), torch.tensor([0, 3]))

@@ -167,7 +167,8 @@ def test_what_a_machine_should_offer(changes, more, on_cpu):
         (
             None,
             Driver("13.0", 1, ""),
-            "triton on cuda:0 needs the package triton; try pip install 'branchcore[triton]', "
+            "triton on cuda:0 needs the package triton, 3.6 or newer; "
+            "try pip install 'branchcore[triton]', "
             "or BRANCHCORE_CUDA=ON pip install .",
         ),
         (

@@ -278,10 +278,10 @@ def test_triton_names_its_widest_token() -> None:
     pytest.importorskip("triton")
     from branchcore.kernels.modulation import block_of
 
-    assert (block_of(1536), block_of(8192)) == (2048, 8192)
+    assert (block_of(1536), block_of(6144)) == (2048, 8192)
     with pytest.raises(NotImplementedError) as caught:
-        block_of(8193)
+        block_of(6145)
     assert str(caught.value) == (
-        "gate_norm_modulate: x_BSC must have at most C=8192 channels in Triton, got 8193; "
+        "gate_norm_modulate: x_BSC must have at most C=6144 channels in Triton, got 6145; "
         "try branchcore.use('reference')"
     )

@@ -356,7 +356,7 @@ def iteration(model, device: torch.device, dtype: torch.dtype, tape: int) -> dic
 @pytest.mark.parametrize("tape", [0, 1000])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (F32, 1e-4)])
 def test_an_iteration_is_that_of_the_cpu(toy, dtype, tolerance, tape) -> None:
-    """With the kernels of each machine in fp32, whose normals agree to 1e-6; in fp64 the same."""
+    """With the kernels of each machine in fp32, whose normals agree to 4e-6; in fp64 the same."""
     on_cpu, on_gpu = (iteration(toy(dtype), device, dtype, tape) for device in (CPU, GPU))
     assert on_cpu["ratio_dev"] == on_gpu["ratio_dev"] == 0.0
     for name in ("leaves", "log_prob", "gradient"):

@@ -1,7 +1,10 @@
 """The GPU check without a GPU: its statistics and verdicts, its minutes, and a rehearsal."""
 
 import contextlib
+import functools
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +19,12 @@ sys.path.insert(0, str(BENCH))
 import attempts  # noqa: E402
 import checks  # noqa: E402
 import gpu_check  # noqa: E402
+import gpu_checklist  # noqa: E402
 import gpu_steps  # noqa: E402
 import gpu_summary  # noqa: E402
 import gpu_timing  # noqa: E402
 import gpu_verdicts  # noqa: E402
+import measure  # noqa: E402
 import mmdit  # noqa: E402
 import ops_gpu  # noqa: E402
 import rounds  # noqa: E402
@@ -90,6 +95,32 @@ class FakeEvent:
         return 1e3 * (end.time - self.time)
 
 
+def as_torch_has_it(real, fake):
+    """Calls a fake with what torch's own function or class would take too."""
+    try:
+        signature = inspect.signature(real)
+    except ValueError:
+        return fake
+
+    @functools.wraps(real, updated=())
+    def bound(*args, **kwargs):
+        signature.bind(*args, **kwargs)
+        return fake(*args, **kwargs)
+
+    return bound
+
+
+def test_torch_has_what_the_gpu_check_asks_of_it():
+    """Nothing here runs these lines: a name that torch dropped would show on a GPU alone."""
+    files = [
+        *BENCH.glob("gpu_*.py"),
+        *(BENCH / f"{m}.py" for m in ("ops_gpu", "rounds", "measure")),
+    ]
+    asked = {name for file in files for name in re.findall(r"torch\.cuda\.(\w+)", file.read_text())}
+    assert len(asked) > 10
+    assert [name for name in sorted(asked) if not hasattr(torch.cuda, name)] == []
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """A GPU whose calls take 20 us each, enough of one to run what is enqueued on it."""
@@ -99,7 +130,7 @@ def fake_gpu(monkeypatch):
     fakes |= {"Event": FakeEvent, "CUDAGraph": FakeGraph, "graph": FakeCapture}
     fakes |= {"synchronize": lambda _: None, "_sleep": lambda cycles: None}
     for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.cuda, name, as_torch_has_it(getattr(torch.cuda, name), fake))
 
     def make(i):
         def call():
@@ -120,14 +151,20 @@ def test_a_gpu_replays_enough_calls_on_all_sets(fake_gpu, monkeypatch, refuses):
     prepared = lane.prepare(fake_gpu, 4)
     assert (prepared.calls, prepared.graphed) == (16, not refuses)
     assert prepared.host_seconds > 0.0
+    assert prepared.launch_seconds > 0.0
+    slept = []
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
     times = gpu_timing.time_in_turn(lane, {"a": prepared}, 0.0, (3, 3))
     assert times["a"] == pytest.approx([20e-6] * 3)
+    # the GPU is busy until the launch is enqueued, a graph's as well
+    hidden = 100e-6 + 1.5 * prepared.launch_seconds
+    assert slept == [int(hidden * gpu_timing.CYCLES_PER_SECOND)] * 3
 
 
 def row(op, size, us, implementation="cuda", **others):
     base = {"op": op, "size": size, "label": "x", "direction": "forward", "normals": 0}
     base |= {"implementation": implementation, "baseline": implementation in ("eager", "compile")}
-    return base | {"us": us, "bytes": 0, "ratio_to_compile": None} | others
+    return base | {"us": us, "bytes": 0, "ratio_to_compile": None, "graphed": True} | others
 
 
 def judged(*rows, copy=4e12):
@@ -185,6 +222,78 @@ def test_the_worst_case_is_judged_and_what_is_missing_is_said():
     assert found["gate_norm_modulate, against torch.compile"].met is None
 
 
+def test_what_was_not_captured_is_said():
+    """A launch costs microseconds itself: the target of 6 us is not judged by it."""
+    found = judged(
+        row("branch_step", "sd35-512", 9.0, ratio_to_compile=2.0, graphed=False),
+        row("sde_log_prob", "sd35-512", 5.5, ratio_to_compile=2.0),
+        row("sde_log_prob", "sd35-512", 11.0, "compile", graphed=False),
+    )
+    verdict = found["branch_step, 512 px"]
+    assert (verdict.got, verdict.met) == ("9.00 us, sd35-512 x (cuda, not captured)", None)
+    assert found["sde_log_prob, against torch.compile"].got.endswith("torch.compile not captured")
+
+
+def test_without_a_copy_there_is_no_share():
+    verdict = judged(row("branch_step", "wan-480p", 1.0, bytes=8), copy=None)[
+        "branch_step, Wan 480p"
+    ]
+    assert (verdict.got, verdict.met) == ("not measured", None)
+
+
+def test_json_has_no_nan(tmp_path):
+    path = tmp_path / "a.json"
+    attempts.write_json(path, {"a": [float("nan"), 1.0], "b": (float("inf"), "NaN", None)})
+    assert json.loads(path.read_text()) == {"a": [None, 1.0], "b": [None, "NaN", None]}
+
+
+def test_the_tape_leaves_room_for_a_batch(monkeypatch):
+    """10 of 110 bytes are kept per state: half of 11 states' memory less a batch of 5."""
+
+    class View:
+        latent_shape = (2,)
+
+        def velocity(self, x, *_):
+            held.append(40)
+            return x.requires_grad_()
+
+    held = [0]
+    fakes = {"memory_allocated": lambda _: sum(held), "empty_cache": lambda: None}
+    fakes["mem_get_info"] = lambda _: (110, 200)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, as_torch_has_it(getattr(torch.cuda, name), fake))
+    assert measure.tape_states(View(), CPU, 5) == 3
+    assert measure.tape_states(View(), CPU, 50) == 0
+
+
+@pytest.mark.parametrize(("on_gpu", "ran"), [(True, 1), (False, 3)])
+def test_a_gpu_stops_after_a_round_if_no_other_fits(monkeypatch, on_gpu, ran):
+    bench = rounds.Bench.__new__(rounds.Bench)
+    bench.names, bench.once, bench.on_gpu = ["a"], set(), on_gpu
+    monkeypatch.setattr(bench, "run", lambda name: name, raising=False)
+    bar = type("Bar", (), {"set_description": lambda *_: None, "update": lambda _: None})()
+    assert bench.rounds(bar, 0.0, lambda _: None) == {"a": ["a"] * ran}
+
+
+class Pieces(gpu_checklist.Checklist):
+    """A checklist of one part, without a model."""
+
+    def __init__(self, budget):
+        self.device, self.path, self.errors, self.failures, self.cut = CPU, None, [], [], []
+        self.end, self.result = gpu_checklist.time.perf_counter() + budget, {}
+
+
+def test_a_part_that_breaks_is_recorded_and_only_bits_are_judged():
+    pieces = Pieces(10.0)
+    for name in ("matmul", "bitwise"):
+        pieces.part(name, lambda: 1 // 0)
+    assert [e["what"] for e in pieces.errors] == ["matmul"]
+    assert [e["what"] for e in pieces.failures] == ["bitwise"]
+    assert "ZeroDivisionError" in pieces.result["matmul"]["error"]
+    pieces.part("compiled forward of 2", lambda: 1, 11.0)
+    assert pieces.cut == ["compiled forward of 2"]
+
+
 def test_slow_releases_are_timed_once_slowest_first():
     cost = {"dance": 10.0, "branch": 20.0, "engine": 2.0}
     released = ["dance", "branch"]
@@ -233,14 +342,19 @@ def test_a_budget_names_what_it_cuts_and_a_resumed_run_repeats_nothing(tmp_path)
     first = json.loads(path.read_text())
     assert {r["implementation"] for r in first["rows"]} == {"eager", "compile", "cpp"}
     assert all(r["ratio_to_eager"] > 0 for r in first["rows"] if not r["baseline"])
+    copied = first["ceilings"]["copy_s"]
+    best = min(copied[name]["median"] for name in ("copy", "negated copy"))
+    assert first["ceilings"]["copy_bytes_per_s"] == pytest.approx(2**20 / best)
     left, lost = first["rows"][:3], first["rows"][3]["name"]
     part = {"rows": left, "failures": [{"what": lost, "error": "x"}], "conformance": {}}
+    part["copy_seconds"] = {"copy": [1e-9] * 999}
     path.write_text(json.dumps(part))
     assert ops_gpu.main(CPU, "philox", path, 60.0, "resume") == 1
     second = json.loads(path.read_text())
     assert second["rows"][0]["us"] == left[0]["us"]
     assert lost not in {r["name"] for r in second["rows"]}
     assert len(second["rows"]) == len(first["rows"]) - 3
+    assert second["ceilings"]["copy_s"]["copy"]["median"] == 1e-9
 
 
 def test_an_implementation_that_kills_its_context_is_not_tried_again(tmp_path, monkeypatch):
@@ -323,6 +437,40 @@ def test_a_step_that_hangs_is_cut_off_with_its_children(tmp_path, monkeypatch):
     assert steps["works"]["status"] == "ok"
 
 
+def test_a_whole_result_without_failures_was_cut_short(tmp_path, monkeypatch):
+    """Both are ended at once, and half a file that is left behind goes."""
+    out = tmp_path / "out"
+    fake = Fake(monkeypatch, out, limit=6.0)
+    code = "import json, sys, time; p = {0!r}; json.dump({{'failures': {1}}}, open(p, 'w'));"
+    code += "open(p + '.part', 'w'); time.sleep(99)"
+    for name, failures in (("good", []), ("bad", ["x"])):
+        path = out / f"{name}.json"
+        fake.add(name, code.format(str(path), failures), result=path)
+    monkeypatch.setattr(gpu_check, "phases", lambda *_: [(1.0, fake.steps)])
+    code, steps = fake.run(tmp_path)
+    assert {name: step["status"] for name, step in steps.items()} == {
+        "good": "cut short", "bad": "cut off"
+    }  # fmt: skip
+    assert code == 1
+    assert abs(steps["good"]["seconds"] - steps["bad"]["seconds"]) < 0.15
+    assert list(out.glob("*.part")) == []
+
+
+def test_tests_that_were_all_skipped_are_no_success(tmp_path, monkeypatch):
+    cases = {"some": "", "none": "<skipped/>", "other": ""}
+    fake = Fake(monkeypatch, tmp_path / "out")
+    for name, inside in cases.items():
+        junit = tmp_path / f"{name}.xml"
+        which = "cpp" if name == "other" else "cuda-gpu"
+        case = f'<testcase name="test[a-{which}-b]">{inside}</testcase>'
+        junit.write_text(f'<testsuite tests="1">{case}</testsuite>')
+        fake.add(name, "", junit=junit, must_run="cuda-gpu")
+    code, steps = fake.run(tmp_path)
+    assert [step["status"] for step in steps.values()] == ["ok", "failed", "failed"]
+    assert "'cuda-gpu' in its name must run, got none" in steps["none"]["why"]
+    assert code == 1
+
+
 def test_a_broken_context_is_left_behind(tmp_path, monkeypatch):
     """Exit code 75 runs the step again with --mode resume, until it ends otherwise."""
     out, seen = tmp_path / "out", tmp_path / "seen"
@@ -345,7 +493,13 @@ def test_what_a_sanitizer_says():
     assert gpu_steps.sanitized(refused, "failed")[0] == "skipped"
     # an op that is refused in the middle of a run is no excuse
     assert gpu_steps.sanitized(clean + "\nnot supported", "failed")[0] is None
-    assert gpu_steps.sanitized("branch_step: 9 cases\n", "cut off")[0] == "cut short"
+    begun = "12 cases to run\nbranch_step: 9 cases\n"
+    found = ["9 of 12 cases", "branch_step: 9 cases"]
+    assert gpu_steps.sanitized(begun, "cut off") == ("cut short", found)
+    step = {"name": "racecheck", "status": "cut short", "found": found}
+    assert gpu_summary.step_row(step)[-1] == "9 of 12 cases"
+    hit = "========= Program hit cudaErrorInvalidValue (error 1)"
+    assert gpu_steps.sanitized(hit, "cut off") == (None, [hit])
     wrong = "========= Invalid __global__ write of size 4 bytes"
     assert gpu_steps.sanitized(wrong, "cut off") == (None, [wrong])
 

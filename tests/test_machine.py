@@ -2,6 +2,7 @@
 
 import pytest
 
+import branchcore
 from branchcore import _machine
 from branchcore._machine import Driver
 
@@ -50,3 +51,12 @@ def test_no_driver_library(smi, monkeypatch):
     assert _machine.driver().failure == (
         "nvidia-smi is here but libcuda.so.1 is not" if smi else ""
     )
+
+
+def test_compiled_modules_of_an_installed_copy_are_found(tmp_path, monkeypatch):
+    for folder, name in (("here", "_C.cp39.so"), ("there", "_C.cp310.so")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).touch()
+    path = [str(tmp_path / "here"), str(tmp_path / "there")]
+    monkeypatch.setattr(branchcore, "__path__", path)
+    assert _machine._compiled_files() == ("_C.cp310.so", "_C.cp39.so")

@@ -151,6 +151,30 @@ def test_compile_fullgraph() -> None:
             "ratio_loss: clip must be two distances >= 0, got (-1.0, 1.0)",
         ),
         (
+            "ratio_loss",
+            {"clip": (0.1,)},
+            ValueError,
+            "ratio_loss: clip must be two distances >= 0, got (0.1,)",
+        ),
+        (
+            "group_norm_silu",
+            {"eps": -1e-6},
+            ValueError,
+            "group_norm_silu: eps must be positive, got -1e-06",
+        ),
+        (
+            "gate_norm_modulate",
+            {"eps": 0.0},
+            ValueError,
+            "gate_norm_modulate: eps must be positive, got 0.0",
+        ),
+        (
+            "philox_normal",
+            {"noise": testing.draws((3,))._replace(key=7)},
+            TypeError,
+            "philox_normal: noise.key must be a tensor, got int",
+        ),
+        (
             "philox_normal",
             {"noise": torch.ones(3)},
             TypeError,

@@ -296,3 +296,12 @@ def test_an_odd_number_of_channels_cannot_rotate() -> None:
     inputs = SPEC.build(num_channels=7, rope=False)
     with pytest.raises(ValueError, match=r"with an even D to be rotated, got \(2, 5, 3, 7\)"):
         ops.qk_norm_rope(**inputs | {"cos_SD": torch.ones(5, 7), "sin_SD": torch.ones(5, 7)})
+
+
+def test_triton_names_its_widest_token() -> None:
+    pytest.importorskip("triton")
+    from branchcore.kernels.pairs import tile
+
+    assert tile(128, 128).HEADS == 128
+    with pytest.raises(NotImplementedError, match="at most 16384 channels in Triton, H and D"):
+        tile(129, 128)

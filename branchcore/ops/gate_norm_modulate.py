@@ -58,13 +58,14 @@ def gate_norm_modulate(
         tensor, and they save two reductions per token. y_BSC is kept only for a gate with a
         gradient. All-fp64 input runs the reference in fp64.
     Raises:
-        NotImplementedError: the Triton kernels hold at most C = 8,192.
+        NotImplementedError: the Triton kernels hold at most C = 6,144.
     Source: the blocks of SD3, FLUX, Qwen-Image and Wan in diffusers 0.42; Wan's rounds as here, the
         others also round the norm and its product with 1 + scale.
     """
     _check_states(x_BSC, y_BSC)
     _check_tables(x_BSC, {"scale_RC": scale_RC, "shift_RC": shift_RC, "gate_RC": gate_RC}, row_B)
     _check_affine(x_BSC, weight_C, bias_C, norm)
+    _check.positive(_OP, "eps", eps)
     if y_BSC is None and gate_RC is not None:
         raise ValueError(f"{_OP}: gate_RC must be None without y_BSC, got a tensor")
     tables = scale_RC, shift_RC, row_B, y_BSC, gate_RC, weight_C, bias_C

@@ -45,6 +45,7 @@ def group_norm_silu(
     _check_images(x_BCHW)
     num_channels = x_BCHW.shape[1]
     _check_groups(num_channels, num_groups)
+    _check.positive(_OP, "eps", eps)
     for name, value in (("weight_C", weight_C), ("bias_C", bias_C)):
         states = _check.states(x_BCHW)
         _check.tensor(_OP, name, value, (num_channels,), states, x_BCHW.device)

@@ -56,8 +56,7 @@ def qk_norm_rope(
     _check_states(q_BSHD, k_BSHD)
     _check_weights(q_BSHD, k_BSHD, q_weight, k_weight)
     _check_tables(q_BSHD, cos_SD, sin_SD)
-    if eps <= 0.0:
-        raise ValueError(f"{_OP}: eps must be positive, got {eps}")
+    _check.positive(_OP, "eps", eps)
     if pairs not in ("interleaved", "halves"):
         raise ValueError(f"{_OP}: pairs must be 'interleaved' or 'halves', got {pairs!r}")
     return QKNormRope(*_forward(q_BSHD, k_BSHD, q_weight, k_weight, cos_SD, sin_SD, eps, pairs))
@@ -283,6 +282,10 @@ SPEC = testing.OpSpec(
         testing.Case("6 channels", {"num_channels": 6, "heads": (5, 5)}),
         testing.Case("10 channels, halves", {"num_channels": 10, "pairs": "halves"}),
         testing.Case("odd channels, no rotation", {"num_channels": 7, "rope": False}),
+        testing.Case(
+            "odd channels in halves, no rotation",
+            {"num_channels": 7, "rope": False, "pairs": "halves"},
+        ),
         testing.Case("heads first in memory", {"layout": "heads first"}),
         testing.Case("gaps between channels", {"layout": "gaps", "dtypes": (BF16, F32)}),
         testing.Case(

@@ -153,8 +153,7 @@ BC_DEVICE void store_wide(uint16_t* target, const Chunk& chunk) {
   Vector both;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    both.word[i] =
-        bfloat16_from_float(chunk.value[2 * i]) | bfloat16_from_float(chunk.value[2 * i + 1]) << 16;
+    both.word[i] = bfloat16_pair(chunk.value[2 * i], chunk.value[2 * i + 1]);
   *reinterpret_cast<Vector*>(target) = both;
 }
 
