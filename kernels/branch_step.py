@@ -1,17 +1,18 @@
 """Grow all children of a wave: y = a x + b v + c h + s eps. Letters: N parents, M children, D."""
 
-import triton
 import triton.language as tl
 from branchcore.kernels.build import Build
 from branchcore.kernels.noise import blocks, draw, load_key, nothing_cached
 from branchcore.kernels.tile import (
     NUM_WARPS,
     TILE,
+    aligned,
     finish,
     gaussian_log_prob,
     launch,
     nothing,
     num_tiles,
+    one_variant,
     place,
     read,
     row_stride,
@@ -23,7 +24,7 @@ from branchcore.kernels.tile import (
 from torch import Tensor
 
 
-@triton.jit
+@one_variant
 def _branch_step_fwd_kernel(
     x,
     v,
@@ -47,7 +48,7 @@ def _branch_step_fwd_kernel(
     x and v are read once, a noise stream that siblings share is drawn once: 4 (1 + K) + 2 bytes per
     element of K children for bf16 velocities, and K normals, which is what it waits for.
     """
-    n, tile, start, left = place(num_elements, num_tiles)
+    n, tile, start, left = place(num_elements, num_tiles, UNIT)
     first = tl.load(child_start + n)
     last = tl.load(child_start + n + 1)
     x_tile = read(x + n * x_stride + start, left, UNIT)
@@ -82,7 +83,7 @@ def _branch_step_fwd_kernel(
         partials += num_tiles
 
 
-@triton.jit
+@one_variant
 def _branch_step_fwd_finish_kernel(partials, rows, log_prob, num_elements, num_tiles):
     """Grid: (M,); a program adds a child's partial sums."""
     m = tl.program_id(0).to(tl.int64)
@@ -91,7 +92,7 @@ def _branch_step_fwd_finish_kernel(partials, rows, log_prob, num_elements, num_t
     tl.store(log_prob + m, value.to(tl.float32))
 
 
-@triton.jit
+@one_variant
 def _branch_step_bwd_kernel(
     grad_y,
     coefficient,
@@ -104,7 +105,7 @@ def _branch_step_bwd_kernel(
     UNIT: tl.constexpr,
 ):
     """Grid: (N tiles,); a program gathers a tile of a parent: 4 K + 4 bytes per element."""
-    n, _, start, left = place(num_elements, num_tiles)
+    n, _, start, left = place(num_elements, num_tiles, UNIT)
     first = tl.load(child_start + n)
     last = tl.load(child_start + n + 1)
     coefficient += first * coefficient_stride
@@ -136,9 +137,9 @@ def branch_step_fwd(
     num_parents, num_elements = x_ND.shape
     num_children = len(rows_M4)
     partials_MT = log_prob_M.new_empty(num_children, num_tiles(num_elements))
-    states, noise = (x_ND, v_ND, h_ND), (key, counter_M3, mix_M2)
-    strides = (row_stride(state) for state in states)
-    edges = (rows_M4, child_start, *noise, y_MD, partials_MT)
+    states = [aligned(state) for state in (x_ND, v_ND, h_ND)]
+    strides = [row_stride(state) for state in states]
+    edges = (rows_M4, child_start, key, counter_M3, mix_M2, y_MD, partials_MT)
     launch(_branch_step_fwd_kernel, num_parents, num_elements, *states, *edges, *strides)
     sums = (partials_MT, rows_M4, log_prob_M)
     finish(_branch_step_fwd_finish_kernel, num_children, num_elements, *sums)
@@ -148,12 +149,12 @@ def branch_step_bwd(
     grad_y_MD: Tensor, coefficient_M: Tensor, child_start: Tensor, grad_ND: Tensor
 ) -> None:
     """Fill the gradient of x, v or h; rows of grad_y have elements side by side."""
-    tensors = (grad_y_MD, coefficient_M, child_start, grad_ND)
-    strides = (row_stride(grad_y_MD), row_stride(coefficient_M))
+    grads = aligned(grad_y_MD)
+    tensors = (grads, coefficient_M, child_start, grad_ND)
+    strides = (row_stride(grads), row_stride(coefficient_M))
     launch(_branch_step_bwd_kernel, *grad_ND.shape, *tensors, *strides)
 
 
-_ALIGNED = ("x_stride", "v_stride", "h_stride", "grad_y_stride", "num_elements")
 _FORWARD = {
     "x": "*fp32",
     "v": "*bf16",
@@ -190,17 +191,16 @@ _BACKWARD = {
 _TILES, _OCTETS = {"UNIT": TILE}, {"UNIT": 8}
 
 BUILDS = (
-    Build(_branch_step_fwd_kernel, _FORWARD, {"h": None, **_TILES}, _ALIGNED, NUM_WARPS),
-    Build(_branch_step_fwd_kernel, _FORWARD, {"h": None, **_OCTETS}, _ALIGNED, NUM_WARPS),
+    Build(_branch_step_fwd_kernel, _FORWARD, {"h": None, **_TILES}, num_warps=NUM_WARPS),
+    Build(_branch_step_fwd_kernel, _FORWARD, {"h": None, **_OCTETS}, num_warps=NUM_WARPS),
     Build(
         _branch_step_fwd_kernel,
         _FORWARD | {"v": "*fp32"},
         {"h": None, **_TILES},
-        _ALIGNED,
-        NUM_WARPS,
+        num_warps=NUM_WARPS,
     ),
-    Build(_branch_step_fwd_kernel, _FORWARD | {"h": "*fp32"}, _TILES, _ALIGNED, NUM_WARPS),
-    Build(_branch_step_fwd_finish_kernel, _FINISH, {}, _ALIGNED[-1:], NUM_WARPS, streams=False),
-    Build(_branch_step_bwd_kernel, _BACKWARD, _TILES, _ALIGNED, NUM_WARPS),
-    Build(_branch_step_bwd_kernel, _BACKWARD | {"grad": "*fp32"}, _OCTETS, _ALIGNED, NUM_WARPS),
+    Build(_branch_step_fwd_kernel, _FORWARD | {"h": "*fp32"}, _TILES, num_warps=NUM_WARPS),
+    Build(_branch_step_fwd_finish_kernel, _FINISH, {}, num_warps=NUM_WARPS, streams=False),
+    Build(_branch_step_bwd_kernel, _BACKWARD, _TILES, num_warps=NUM_WARPS),
+    Build(_branch_step_bwd_kernel, _BACKWARD | {"grad": "*fp32"}, _OCTETS, num_warps=NUM_WARPS),
 )

@@ -3,7 +3,6 @@
 Letters: N nodes, E trained edges, D latent elements.
 """
 
-import triton
 import triton.language as tl
 from branchcore.kernels.build import Build
 from branchcore.kernels.noise import blocks, draw, load_key, nothing_cached, silence
@@ -11,10 +10,12 @@ from branchcore.kernels.tile import (
     NUM_WARPS,
     TILE,
     add_scaled,
+    aligned,
     dot,
     finish,
     launch,
     num_tiles,
+    one_variant,
     place,
     read,
     row_stride,
@@ -26,7 +27,7 @@ from branchcore.kernels.tile import (
 from torch import Tensor
 
 
-@triton.jit
+@one_variant
 def _edge_dots_fwd_kernel(
     v,
     v_old,
@@ -47,7 +48,7 @@ def _edge_dots_fwd_kernel(
     Delta stays in registers while their noise is made again: both velocities once, 4 bytes per
     element in bf16, and K normals for K edges.
     """
-    n, tile, start, left = place(num_elements, num_tiles)
+    n, tile, start, left = place(num_elements, num_tiles, UNIT)
     now = read(v + n * v_stride + start, left, UNIT)
     old = read(v_old + n * v_old_stride + start, left, UNIT)
     delta = unweave(now[0] - old[0]), unweave(now[1] - old[1])
@@ -67,7 +68,7 @@ def _edge_dots_fwd_kernel(
             dots += num_tiles
 
 
-@triton.jit
+@one_variant
 def _edge_dots_fwd_finish_kernel(dots, squares, p, q, num_edges, num_elements, num_tiles):
     """Grid: (E + N,); a program adds the partial sums of an edge, or of a node."""
     row = tl.program_id(0).to(tl.int64)
@@ -80,7 +81,7 @@ def _edge_dots_fwd_finish_kernel(dots, squares, p, q, num_edges, num_elements, n
         tl.store(q + row, mean.to(tl.float32))
 
 
-@triton.jit
+@one_variant
 def _edge_dots_bwd_kernel(
     grad_p,
     grad_q,
@@ -102,7 +103,7 @@ def _edge_dots_bwd_kernel(
     Writes dv, 2 bytes per element in bf16, and draws K normals; reads the velocities only where
     grad_q is not 0, and on the first update, where there is no v_old, none.
     """
-    n, tile, start, left = place(num_elements, num_tiles)
+    n, tile, start, left = place(num_elements, num_tiles, UNIT)
     sums = silence()
     if child_start is not None:
         first = tl.load(child_start + n)
@@ -148,8 +149,9 @@ def edge_dots_fwd(
     tiles = num_tiles(num_elements)
     dots_ET, squares_NT = p_E.new_empty(num_edges, tiles), q_N.new_empty(num_nodes, tiles)
     edges = (child_start, key, counter_E3, mix_E2)
-    strides = (row_stride(v_ND), row_stride(v_old_ND))
-    arguments = (v_ND, v_old_ND, *edges, dots_ET, squares_NT, *strides)
+    velocities = [aligned(velocity) for velocity in (v_ND, v_old_ND)]
+    strides = [row_stride(velocity) for velocity in velocities]
+    arguments = (*velocities, *edges, dots_ET, squares_NT, *strides)
     launch(_edge_dots_fwd_kernel, num_nodes, num_elements, *arguments)
     sums = (dots_ET, squares_NT, p_E, q_N, num_edges)
     finish(_edge_dots_fwd_finish_kernel, num_edges + num_nodes, num_elements, *sums)
@@ -167,14 +169,14 @@ def edge_dots_bwd(
     dv_ND: Tensor,
 ) -> None:
     """Fill dv; without v_old it is the sum over edges alone."""
-    velocities, edges = (v_ND, v_old_ND), (child_start, key, counter_E3, mix_E2)
-    strides = (row_stride(v_ND), row_stride(v_old_ND))
+    edges = (child_start, key, counter_E3, mix_E2)
+    velocities = [aligned(velocity) for velocity in (v_ND, v_old_ND)]
+    strides = [row_stride(velocity) for velocity in velocities]
     arguments = (grad_p_E, grad_q_N, *velocities, *edges, dv_ND, *strides)
     launch(_edge_dots_bwd_kernel, *dv_ND.shape, *arguments)
 
 
 _INTEGERS = dict.fromkeys(("v_stride", "v_old_stride", "num_elements", "num_tiles"), "i32")
-_ALIGNED = ("v_stride", "v_old_stride", "num_elements")
 _EDGES = {"child_start": "*i64", "key": "*i64", "counter": "*i32", "mix": "*fp64"}
 _NO_EDGES = dict.fromkeys(_EDGES)
 _BF16 = {"v": "*bf16", "v_old": "*bf16", **_INTEGERS}
@@ -195,19 +197,18 @@ _FP32 = {"v": "*fp32", "v_old": "*fp32"}
 _TILES, _OCTETS = {"UNIT": TILE}, {"UNIT": 8}
 
 BUILDS = (
-    Build(_edge_dots_fwd_kernel, _FORWARD, _TILES, _ALIGNED, NUM_WARPS),
-    Build(_edge_dots_fwd_kernel, _FORWARD | _FP32, _OCTETS, _ALIGNED, NUM_WARPS),
-    Build(_edge_dots_fwd_kernel, _BF16 | _SUMS, _NO_EDGES | _TILES, _ALIGNED, NUM_WARPS),
-    Build(_edge_dots_fwd_finish_kernel, _FINISH, {}, ("num_elements",), NUM_WARPS, streams=False),
-    Build(_edge_dots_bwd_kernel, _BACKWARD, _TILES, _ALIGNED, NUM_WARPS),
-    Build(_edge_dots_bwd_kernel, _BACKWARD | _FP32 | {"dv": "*fp32"}, _OCTETS, _ALIGNED, NUM_WARPS),
+    Build(_edge_dots_fwd_kernel, _FORWARD, _TILES, num_warps=NUM_WARPS),
+    Build(_edge_dots_fwd_kernel, _FORWARD | _FP32, _OCTETS, num_warps=NUM_WARPS),
+    Build(_edge_dots_fwd_kernel, _BF16 | _SUMS, _NO_EDGES | _TILES, num_warps=NUM_WARPS),
+    Build(_edge_dots_fwd_finish_kernel, _FINISH, {}, num_warps=NUM_WARPS, streams=False),
+    Build(_edge_dots_bwd_kernel, _BACKWARD, _TILES, num_warps=NUM_WARPS),
+    Build(_edge_dots_bwd_kernel, _BACKWARD | _FP32 | {"dv": "*fp32"}, _OCTETS, num_warps=NUM_WARPS),
     # stores 16 bytes at a time and loads no states at all
     Build(
         _edge_dots_bwd_kernel,
         _FIRST_UPDATE,
         {"v": None, "v_old": None, **_TILES},
-        _ALIGNED,
-        NUM_WARPS,
+        num_warps=NUM_WARPS,
         streams=False,
     ),
 )

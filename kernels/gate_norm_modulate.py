@@ -8,6 +8,7 @@ import triton.language as tl
 from branchcore.kernels import gate_norm_modulate_bwd as backward
 from branchcore.kernels.build import Build
 from branchcore.kernels.gate_norm_modulate_bwd import gate_norm_modulate_bwd
+from branchcore.kernels.launch import launch_grid
 from branchcore.kernels.modulation import SITES, Site, block_of, load_once, strides, table_row
 from branchcore.kernels.rounding import cast
 from torch import Tensor
@@ -112,7 +113,9 @@ def gate_norm_modulate_fwd(
     if x_BSC.numel() == 0:
         return
     tokens, num_warps = _shape(block)
-    _gate_norm_modulate_fwd_kernel[(num_samples * triton.cdiv(num_tokens, tokens),)](
+    launch_grid(
+        _gate_norm_modulate_fwd_kernel,
+        num_samples * triton.cdiv(num_tokens, tokens),
         *(x_BSC, scale_RC, shift_RC, row_B, y_BSC, gate_RC, weight_C, bias_C),
         *(residual_BSC, out_BSC, moments_2BS),
         *strides(2, x_BSC, y_BSC),
@@ -122,7 +125,6 @@ def gate_norm_modulate_fwd(
         TOKENS=tokens,
         BLOCK=block,
         num_warps=num_warps,
-        enable_fp_fusion=True,
     )
 
 

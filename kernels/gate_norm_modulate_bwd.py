@@ -7,6 +7,7 @@ import triton.language as tl
 from branchcore.kernels import gate_norm_modulate_sums as sums
 from branchcore.kernels.build import Build
 from branchcore.kernels.gate_norm_modulate_wide import _gate_norm_modulate_bwd_wide_kernel
+from branchcore.kernels.launch import launch_grid
 from branchcore.kernels.modulation import (
     AFFINE,
     FROZEN,
@@ -159,7 +160,9 @@ def gate_norm_modulate_bwd(
         partials_PKC = residual_BSC.new_empty(shape, dtype=float32)
     kernel, launch = _shape(num_channels)
     if residual_BSC.numel() > 0:
-        kernel[(num_tiles,)](
+        launch_grid(
+            kernel,
+            num_tiles,
             *(grad_out_BSC, grad_residual_BSC, residual_BSC, y_BSC, moments_2BS),
             *(scale_RC, row_B, gate_RC, weight_C, dx_BSC, dy_BSC, partials_PKC),
             *strides(2, grad_out_BSC, grad_residual_BSC, residual_BSC, y_BSC),
@@ -167,7 +170,6 @@ def gate_norm_modulate_bwd(
             *(num_tokens, num_channels, num_samples * num_tokens),
             CENTRED=centred,
             TOKENS=tokens,
-            enable_fp_fusion=True,
             **launch,
         )
     if partials_PKC is not None:
@@ -177,8 +179,7 @@ def gate_norm_modulate_bwd(
 def _shape(num_channels: int) -> tuple[Any, dict[str, int]]:
     """Give the kernel, its blocks and its warps: one block of channels, or two of a wide token.
 
-    A thread has 16 elements, up to 24 of a wide token: 16-byte loads by warps of 32 and of 64. Past
-    6,144 channels it has 32, and a few of its registers spill.
+    A thread has 16 elements, up to 24 of a wide token: 16-byte loads by warps of 32 and of 64.
     """
     block = block_of(num_channels)
     if block <= NARROW:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 from branchcore.kernels.build import Build
+from branchcore.kernels.launch import launch_grid
 from branchcore.kernels.modulation import SITES, row_factor, strides, table_row
 from branchcore.kernels.rounding import cast
 from torch import Tensor
@@ -132,10 +133,12 @@ def gate_norm_modulate_sums(
     (num_samples,), (num_partials, num_kinds, num_channels) = row_B.shape, partials_PKC.shape
     num_columns = num_kinds * num_channels
     sums_BKC = partials_PKC.new_empty(num_samples, num_kinds, num_channels)
-    options = {"BLOCK": BLOCK, "enable_fp_fusion": True}
+    options = {"BLOCK": BLOCK}
     if sums_BKC.numel() > 0:
         grid = num_samples, triton.cdiv(num_columns, BLOCK)
-        _gate_norm_modulate_bwd_samples_kernel[grid](
+        launch_grid(
+            _gate_norm_modulate_bwd_samples_kernel,
+            grid,
             partials_PKC,
             sums_BKC,
             num_partials // num_samples,
@@ -147,12 +150,15 @@ def gate_norm_modulate_sums(
     sizes, blocks = (num_samples, num_channels, num_columns), triton.cdiv(num_channels, BLOCK)
     options |= {"SAMPLES": SAMPLES, "num_warps": 1}
     rows = [len(grad) for grad in (dscale_RC, dshift_RC, dgate_RC) if grad is not None]
-    if rows and rows[0] * blocks > 0:
-        _gate_norm_modulate_bwd_rows_kernel[(rows[0], blocks)](
-            sums_BKC, row_B, weight_C, bias_C, dscale_RC, dshift_RC, dgate_RC, *sizes, **options
-        )
-    if blocks > 0 and not (dweight_C is None and dbias_C is None):
-        _gate_norm_modulate_bwd_affine_kernel[(blocks,)](
+    if rows:
+        inputs = (sums_BKC, row_B, weight_C, bias_C)
+        grads = (dscale_RC, dshift_RC, dgate_RC)
+        grid = rows[0], blocks
+        launch_grid(_gate_norm_modulate_bwd_rows_kernel, grid, *inputs, *grads, *sizes, **options)
+    if not (dweight_C is None and dbias_C is None):
+        launch_grid(
+            _gate_norm_modulate_bwd_affine_kernel,
+            blocks,
             sums_BKC,
             scale_RC,
             row_B,

@@ -28,6 +28,7 @@ from branchcore.kernels.group_norm_tiles import (
     read,
     sigmoid,
 )
+from branchcore.kernels.launch import launch_grid
 from branchcore.kernels.rounding import cast
 from torch import Tensor
 
@@ -174,21 +175,19 @@ def group_norm_silu_fwd(
     if x_BPC.numel() == 0:
         return
     tiles = Tiles.of(num_positions, num_channels)
-    sizes, programs = (num_positions, tiles.tile_positions), (num_images * tiles.num_tiles,)
-    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
-    partials = x_BPC.new_empty((*programs, 2, num_channels), dtype=torch.float32)
+    sizes, programs = (num_positions, tiles.tile_positions), num_images * tiles.num_tiles
+    options = {"num_warps": NUM_WARPS}
+    partials = x_BPC.new_empty((programs, 2, num_channels), dtype=torch.float32)
     combine = combine_constants(num_channels, num_groups)
     activation = {"G": num_groups, "SILU": silu, **tiles.constants}
-    with torch.cuda.device_of(x_BPC):
-        _group_norm_silu_fwd_partials_kernel[programs](
-            x_BPC, partials, *sizes, **tiles.constants, **options
-        )
-        _group_norm_silu_fwd_combine_kernel[(num_images * num_groups,)](
-            partials, statistics_BG2, *sizes, eps, **combine, **options
-        )
-        _group_norm_silu_fwd_kernel[programs](
-            *(x_BPC, weight_C, bias_C, statistics_BG2, y_BPC, *sizes), **activation, **options
-        )
+    first, second = _group_norm_silu_fwd_partials_kernel, _group_norm_silu_fwd_combine_kernel
+    launch_grid(first, programs, x_BPC, partials, *sizes, **tiles.constants, **options)
+    sums = (partials, statistics_BG2, *sizes, eps)
+    launch_grid(second, num_images * num_groups, *sums, **combine, **options)
+    inputs = (x_BPC, weight_C, bias_C, statistics_BG2)
+    launch_grid(
+        _group_norm_silu_fwd_kernel, programs, *inputs, y_BPC, *sizes, **activation, **options
+    )
 
 
 def _builds(shape: Shape) -> tuple[Build, ...]:

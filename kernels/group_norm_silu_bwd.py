@@ -26,6 +26,7 @@ from branchcore.kernels.group_norm_tiles import (
     read,
     sigmoid,
 )
+from branchcore.kernels.launch import launch_grid
 from branchcore.kernels.rounding import cast
 from torch import Tensor
 
@@ -211,23 +212,23 @@ def group_norm_silu_bwd(
             sum_C.zero_()
         return
     tiles = Tiles.of(num_positions, num_channels)
-    sizes, programs = (num_positions, tiles.tile_positions), (num_images * tiles.num_tiles,)
-    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
-    partials = x_BPC.new_empty((*programs, 2, num_channels), dtype=torch.float32)
+    sizes, programs = (num_positions, tiles.tile_positions), num_images * tiles.num_tiles
+    options = {"num_warps": NUM_WARPS}
+    partials = x_BPC.new_empty((programs, 2, num_channels), dtype=torch.float32)
     sums_B2C = partials.new_empty(num_images, 2, num_channels)
     means_BG2 = partials.new_empty(num_images, num_groups, 2)
     inputs = grad_BPC, x_BPC, weight_C, bias_C, statistics_BG2
     activation = {"G": num_groups, "SILU": silu, **tiles.constants, **options}
     combine = combine_constants(num_channels, num_groups) | options
-    with torch.cuda.device_of(x_BPC):
-        _group_norm_silu_bwd_partials_kernel[programs](*inputs, partials, *sizes, **activation)
-        _group_norm_silu_bwd_combine_kernel[(num_images * num_groups,)](
-            partials, weight_C, sums_B2C, means_BG2, *sizes, **combine
-        )
-        _group_norm_silu_bwd_parameters_kernel[(triton.cdiv(num_channels, CHANNELS),)](
-            sums_B2C, dbias_C, dweight_C, num_images, C=num_channels, **PARAMETERS, **options
-        )
-        _group_norm_silu_bwd_kernel[programs](*inputs, means_BG2, dx_BPC, *sizes, **activation)
+    first, second = _group_norm_silu_bwd_partials_kernel, _group_norm_silu_bwd_combine_kernel
+    launch_grid(first, programs, *inputs, partials, *sizes, **activation)
+    sums = (partials, weight_C, sums_B2C, means_BG2, *sizes)
+    launch_grid(second, num_images * num_groups, *sums, **combine)
+    third, blocks = _group_norm_silu_bwd_parameters_kernel, triton.cdiv(num_channels, CHANNELS)
+    parameters = (sums_B2C, dbias_C, dweight_C, num_images)
+    launch_grid(third, blocks, *parameters, C=num_channels, **PARAMETERS, **options)
+    last = _group_norm_silu_bwd_kernel
+    launch_grid(last, programs, *inputs, means_BG2, dx_BPC, *sizes, **activation)
 
 
 def _builds(shape: Shape) -> tuple[Build, ...]:

@@ -12,7 +12,8 @@ import triton.language as tl
 from branchcore.kernels.build import Build
 from torch import Tensor
 
-MAX_CHANNELS = 8192
+# past it the backward's registers spill
+MAX_CHANNELS = 6144
 
 
 def block_of(num_channels: int) -> int:
@@ -26,9 +27,15 @@ def block_of(num_channels: int) -> int:
 
 
 def strides(number: int, *tensors: Tensor | None) -> Iterator[int]:
-    """Give the leading strides of tensors in elements, 0 for one that is not given."""
+    """Give the leading strides of tensors in elements.
+
+    0 for one that is not given, and along an axis of length 1, whose stride says nothing but would
+    choose how wide accesses are.
+    """
     for tensor in tensors:
-        yield from (0,) * number if tensor is None else tensor.stride()[:number]
+        for axis in range(number):
+            short = tensor is None or tensor.shape[axis] == 1
+            yield 0 if short else tensor.stride(axis)
 
 
 @triton.jit

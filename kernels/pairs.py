@@ -79,6 +79,10 @@ def mean_of_pairs(a, b, COUNT: tl.constexpr, ACROSS: tl.constexpr):
     return total * (1.0 / COUNT)
 
 
+# a program holds a token with all its heads in registers
+MAX_CHANNELS = 16384
+
+
 class Tile(NamedTuple):
     """A token in a program; it depends on the token's own shape, and never on the batch."""
 
@@ -95,6 +99,11 @@ def tile(num_heads: int, num_channels: int) -> Tile:
     """
     heads = triton.next_power_of_2(num_heads)
     block = max(2, triton.next_power_of_2(num_channels))
+    if heads * block > MAX_CHANNELS:
+        raise NotImplementedError(
+            f"qk_norm_rope: q_BSHD must have at most {MAX_CHANNELS} channels in Triton, H and D "
+            f"rounded up to powers of two, got {heads} x {block}; try branchcore.use('reference')"
+        )
     return Tile(heads, block, min(max(heads * block // 1024, block // 32, 1), 16))
 
 

@@ -1,6 +1,5 @@
 """Draw the normals that a `Noise` names. Letters: M draws, D elements."""
 
-import triton
 import triton.language as tl
 from branchcore.kernels.build import Build
 from branchcore.kernels.noise import blocks, draw, load_key, nothing_cached
@@ -8,6 +7,7 @@ from branchcore.kernels.tile import (
     NUM_WARPS,
     TILE,
     launch,
+    one_variant,
     place,
     weave,
     write,
@@ -15,10 +15,10 @@ from branchcore.kernels.tile import (
 from torch import Tensor
 
 
-@triton.jit
+@one_variant
 def _philox_normal_fwd_kernel(key, counter, mix, out, num_elements, num_tiles, UNIT: tl.constexpr):
     """Grid: (M tiles,); a program owns a tile of a draw: 4 bytes per element, 2 in bf16."""
-    m, tile, start, left = place(num_elements, num_tiles)
+    m, tile, start, left = place(num_elements, num_tiles, UNIT)
     words, block, cache = load_key(key), blocks(tile), nothing_cached()
     eps, cache = draw(words, counter + 3 * m, mix + 2 * m, False, block, cache)
     write(out + m * num_elements + start, (weave(eps[0]), weave(eps[1])), left, UNIT)
@@ -37,9 +37,8 @@ _TYPES = {
     "num_elements": "i32",
     "num_tiles": "i32",
 }
-_ALIGNED = ("num_elements",)
 
 BUILDS = (
-    Build(_philox_normal_fwd_kernel, _TYPES, {"UNIT": TILE}, _ALIGNED, NUM_WARPS),
-    Build(_philox_normal_fwd_kernel, _TYPES | {"out": "*bf16"}, {"UNIT": 8}, _ALIGNED, NUM_WARPS),
+    Build(_philox_normal_fwd_kernel, _TYPES, {"UNIT": TILE}, num_warps=NUM_WARPS),
+    Build(_philox_normal_fwd_kernel, _TYPES | {"out": "*bf16"}, {"UNIT": 8}, num_warps=NUM_WARPS),
 )

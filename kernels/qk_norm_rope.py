@@ -3,10 +3,10 @@
 Letters: B samples, S tokens, H heads, D channels of a head.
 """
 
-import torch
 import triton
 import triton.language as tl
 from branchcore.kernels import qk_norm_rope_bwd as backward
+from branchcore.kernels.launch import launch_grid
 from branchcore.kernels.pairs import (
     SITES,
     load_pairs,
@@ -102,23 +102,21 @@ def qk_norm_rope_fwd(
     """Write normalised and rotated queries and keys in one launch."""
     num_samples, num_positions, q_heads, num_channels = q_BSHD.shape
     k_heads = k_BSHD.shape[2]
-    if num_samples * num_positions == 0:
-        return
-    with torch.cuda.device_of(q_BSHD):
-        _qk_norm_rope_fwd_kernel[(num_samples * num_positions,)](
-            *(q_BSHD, k_BSHD, q_weight, k_weight, cos_SD, sin_SD, q_out_BSHD, k_out_BSHD),
-            num_positions,
-            *strides(q_BSHD),
-            *strides(k_BSHD),
-            eps,
-            Q_HEADS=q_heads,
-            K_HEADS=k_heads,
-            D=num_channels,
-            ACROSS=max(q_weight.numel(), k_weight.numel()) > num_channels,
-            HALVES=pairs == "halves",
-            **tile(max(q_heads, k_heads), num_channels)._asdict(),
-            enable_fp_fusion=True,
-        )
+    launch_grid(
+        _qk_norm_rope_fwd_kernel,
+        num_samples * num_positions,
+        *(q_BSHD, k_BSHD, q_weight, k_weight, cos_SD, sin_SD, q_out_BSHD, k_out_BSHD),
+        num_positions,
+        *strides(q_BSHD),
+        *strides(k_BSHD),
+        eps,
+        Q_HEADS=q_heads,
+        K_HEADS=k_heads,
+        D=num_channels,
+        ACROSS=max(q_weight.numel(), k_weight.numel()) > num_channels,
+        HALVES=pairs == "halves" and cos_SD is not None,
+        **tile(max(q_heads, k_heads), num_channels)._asdict(),
+    )
 
 
 BUILDS = (*(site.build(_qk_norm_rope_fwd_kernel) for site in SITES), *backward.BUILDS)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from branchcore.kernels.build import Build
+from branchcore.kernels.launch import launch_grid
 from branchcore.kernels.pairs import (
     SITES,
     Site,
@@ -136,29 +137,29 @@ def qk_norm_rope_bwd(
     grid = num_samples * triton.cdiv(num_positions, tokens)
     sums = None if dweight is None else (grid, weight.numel())
     partials = None if sums is None else x_BSHD.new_empty(sums, dtype=torch.float32)
-    with torch.cuda.device_of(x_BSHD):
-        if grid > 0:
-            _qk_norm_rope_bwd_kernel[(grid,)](
-                *(grad_BSHD, x_BSHD, weight, cos_SD, sin_SD, dx_BSHD, partials, num_positions),
-                *strides(grad_BSHD),
-                *strides(x_BSHD),
-                eps,
-                NUM_HEADS=num_heads,
-                D=num_channels,
-                TOKENS=tokens,
-                ACROSS=weight.numel() > num_channels,
-                HALVES=pairs == "halves",
-                **tile(num_heads, num_channels)._asdict(),
-                enable_fp_fusion=True,
-            )
-        if sums is not None:
-            _qk_norm_rope_bwd_weight_kernel[(triton.cdiv(weight.numel(), BLOCK),)](
-                *(partials, dweight, *sums),
-                ROWS=ROWS,
-                BLOCK=BLOCK,
-                num_warps=8,
-                enable_fp_fusion=True,
-            )
+    launch_grid(
+        _qk_norm_rope_bwd_kernel,
+        grid,
+        *(grad_BSHD, x_BSHD, weight, cos_SD, sin_SD, dx_BSHD, partials, num_positions),
+        *strides(grad_BSHD),
+        *strides(x_BSHD),
+        eps,
+        NUM_HEADS=num_heads,
+        D=num_channels,
+        TOKENS=tokens,
+        ACROSS=weight.numel() > num_channels,
+        HALVES=pairs == "halves" and cos_SD is not None,
+        **tile(num_heads, num_channels)._asdict(),
+    )
+    if sums is not None:
+        launch_grid(
+            _qk_norm_rope_bwd_weight_kernel,
+            triton.cdiv(weight.numel(), BLOCK),
+            *(partials, dweight, *sums),
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
 
 
 def _tokens(num_positions: int) -> int:

@@ -3,17 +3,17 @@
 Letters: N nodes, E trained edges.
 """
 
-import torch
-import triton
 import triton.language as tl
 from branchcore.kernels.build import Build
+from branchcore.kernels.launch import launch_grid
+from branchcore.kernels.tile import one_variant
 from torch import Tensor
 
 BLOCK = 128
 NUM_WARPS = 4
 
 
-@triton.jit
+@one_variant
 def _ratio_loss_fwd_kernel(
     p,
     q,
@@ -102,19 +102,9 @@ def ratio_loss_fwd(
     """Fill the loss, its statistics in the order of `RatioStats`, and its gradients."""
     edges = (exponent_E2, advantage_E2, weight_E)
     outputs, bounds = (loss, stats, grad_p_E, grad_q_N), (1.0 - low, 1.0 + high)
-    with torch.cuda.device_of(p_E):
-        _ratio_loss_fwd_kernel[(1,)](
-            p_E,
-            q_N,
-            child_start,
-            *edges,
-            *outputs,
-            *bounds,
-            len(q_N),
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
+    vectors = (p_E, q_N, child_start, *edges, *outputs)
+    sizes = {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    launch_grid(_ratio_loss_fwd_kernel, 1, *vectors, *bounds, len(q_N), **sizes)
 
 
 _TYPES = {

@@ -9,15 +9,19 @@ from branchcore.kernels.build import Build
 from branchcore.kernels.tile import (
     NUM_WARPS,
     TILE,
+    aligned,
+    dot,
     finish,
     gaussian_log_prob,
     launch,
     nothing,
     num_tiles,
+    one_variant,
     place,
     read,
     row_stride,
     total,
+    unweave,
     write,
 )
 from torch import Tensor
@@ -39,7 +43,7 @@ def _residual(y, rows, x_tile, v_tile, h_tile, left, UNIT: tl.constexpr):
     return early * inverse, late * inverse
 
 
-@triton.jit
+@one_variant
 def _sde_log_prob_fwd_kernel(
     x,
     v,
@@ -60,7 +64,7 @@ def _sde_log_prob_fwd_kernel(
 
     x and v are read once: 4 (1 + K) + 2 bytes per element of K children for bf16 velocities.
     """
-    n, tile, start, left = place(num_elements, num_tiles)
+    n, tile, start, left = place(num_elements, num_tiles, UNIT)
     first = tl.load(child_start + n)
     last = tl.load(child_start + n + 1)
     x_tile = read(x + n * x_stride + start, left, UNIT)
@@ -73,14 +77,14 @@ def _sde_log_prob_fwd_kernel(
     partials += first * num_tiles + tile
     for _ in range(0, (last - first).to(tl.int32)):
         early, late = _residual(y, rows, x_tile, v_tile, h_tile, left, UNIT)
-        squares = tl.sum(early * early + late * late, axis=1)
-        tl.store(partials, tl.sum(squares, axis=0))
+        eps = unweave(early), unweave(late)
+        tl.store(partials, dot(eps, eps))
         rows += 4
         y += y_stride
         partials += num_tiles
 
 
-@triton.jit
+@one_variant
 def _sde_log_prob_fwd_finish_kernel(partials, rows, log_prob, num_elements, num_tiles):
     """Grid: (M,); a program adds a child's partial sums."""
     m = tl.program_id(0).to(tl.int64)
@@ -89,7 +93,7 @@ def _sde_log_prob_fwd_finish_kernel(partials, rows, log_prob, num_elements, num_
     tl.store(log_prob + m, value.to(tl.float32))
 
 
-@triton.jit
+@one_variant
 def _sde_log_prob_bwd_kernel(
     grad,
     x,
@@ -111,7 +115,7 @@ def _sde_log_prob_bwd_kernel(
 
     The bytes of the forward, and dv.
     """
-    n, _, start, left = place(num_elements, num_tiles)
+    n, _, start, left = place(num_elements, num_tiles, UNIT)
     first = tl.load(child_start + n)
     last = tl.load(child_start + n + 1)
     x_tile = read(x + n * x_stride + start, left, UNIT)
@@ -148,8 +152,9 @@ def sde_log_prob_fwd(
     """Fill log_prob; rows of states have elements side by side, the rest is contiguous."""
     (num_parents, num_elements), num_children = x_ND.shape, len(log_prob_M)
     partials_MT = log_prob_M.new_empty(num_children, num_tiles(num_elements))
-    strides = (row_stride(state) for state in (x_ND, v_ND, y_MD, h_ND))
-    arguments = (x_ND, v_ND, y_MD, rows_M4, child_start, h_ND, partials_MT, *strides)
+    x, v, y, h = states = [aligned(state) for state in (x_ND, v_ND, y_MD, h_ND)]
+    strides = [row_stride(state) for state in states]
+    arguments = (x, v, y, rows_M4, child_start, h, partials_MT, *strides)
     launch(_sde_log_prob_fwd_kernel, num_parents, num_elements, *arguments)
     sums = (partials_MT, rows_M4, log_prob_M)
     finish(_sde_log_prob_fwd_finish_kernel, num_children, num_elements, *sums)
@@ -166,12 +171,12 @@ def sde_log_prob_bwd(
     dv_ND: Tensor,
 ) -> None:
     """Fill dv."""
-    strides = (row_stride(state) for state in (x_ND, v_ND, y_MD, h_ND))
-    tensors = (grad_M, x_ND, v_ND, y_MD, rows_M4, child_start, h_ND, dv_ND)
+    x, v, y, h = states = [aligned(state) for state in (x_ND, v_ND, y_MD, h_ND)]
+    strides = [row_stride(state) for state in states]
+    tensors = (grad_M, x, v, y, rows_M4, child_start, h, dv_ND)
     launch(_sde_log_prob_bwd_kernel, *dv_ND.shape, *tensors, *strides)
 
 
-_ALIGNED = ("x_stride", "v_stride", "y_stride", "h_stride", "num_elements")
 _FORWARD = {
     "x": "*fp32",
     "v": "*bf16",
@@ -179,7 +184,12 @@ _FORWARD = {
     "rows": "*fp64",
     "child_start": "*i64",
     "partials": "*fp32",
-    **dict.fromkeys((*_ALIGNED, "num_tiles"), "i32"),
+    "x_stride": "i32",
+    "v_stride": "i32",
+    "y_stride": "i32",
+    "h_stride": "i32",
+    "num_elements": "i32",
+    "num_tiles": "i32",
 }
 _BACKWARD = {name: kind for name, kind in _FORWARD.items() if name != "partials"}
 _BACKWARD |= {"grad": "*fp32", "dv": "*bf16"}
@@ -194,9 +204,9 @@ _FP32, _MULTISTEP = {"v": "*fp32", "dv": "*fp32"}, {"h": "*fp32"}
 _TILES, _OCTETS = {"UNIT": TILE}, {"UNIT": 8}
 
 BUILDS = (
-    Build(_sde_log_prob_fwd_kernel, _FORWARD, {"h": None, **_TILES}, _ALIGNED, NUM_WARPS),
-    Build(_sde_log_prob_fwd_kernel, _FORWARD | _MULTISTEP, _OCTETS, _ALIGNED, NUM_WARPS),
-    Build(_sde_log_prob_fwd_finish_kernel, _FINISH, {}, _ALIGNED[-1:], NUM_WARPS, streams=False),
-    Build(_sde_log_prob_bwd_kernel, _BACKWARD, {"h": None, **_TILES}, _ALIGNED, NUM_WARPS),
-    Build(_sde_log_prob_bwd_kernel, _BACKWARD | _FP32 | _MULTISTEP, _OCTETS, _ALIGNED, NUM_WARPS),
+    Build(_sde_log_prob_fwd_kernel, _FORWARD, {"h": None, **_TILES}, num_warps=NUM_WARPS),
+    Build(_sde_log_prob_fwd_kernel, _FORWARD | _MULTISTEP, _OCTETS, num_warps=NUM_WARPS),
+    Build(_sde_log_prob_fwd_finish_kernel, _FINISH, {}, num_warps=NUM_WARPS, streams=False),
+    Build(_sde_log_prob_bwd_kernel, _BACKWARD, {"h": None, **_TILES}, num_warps=NUM_WARPS),
+    Build(_sde_log_prob_bwd_kernel, _BACKWARD | _FP32 | _MULTISTEP, _OCTETS, num_warps=NUM_WARPS),
 )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from branchcore.kernels.launch import launch_grid
 from branchcore.kernels.rounding import INTERPRETED, cast
 from torch import Tensor
 
@@ -31,72 +32,92 @@ def num_tiles(num_elements: int) -> int:
     return triton.cdiv(num_elements, TILE)
 
 
+def one_variant(function: Any) -> Any:
+    """Compile a kernel for its dtypes, its absent tensors and its constants alone.
+
+    Triton would else compile anew where an address or a size is a multiple of 16, or 1, with other
+    layouts and other fused multiply-adds, and a row alone would have other bits than in its batch.
+    """
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    constants = [name for name, kind in function.__annotations__.items() if kind is tl.constexpr]
+    return triton.jit(function, do_not_specialize=[n for n in names if n not in constants])
+
+
 def row_stride(states: Tensor | None) -> int:
     """Elements from row to row; 0 without a tensor."""
     return 0 if states is None else states.stride(0)
 
 
+def aligned(states: Tensor | None) -> Tensor | None:
+    """Copy rows of whole octets that do not start on 16 bytes each."""
+    if states is None or states.shape[1] % 8 != 0:
+        return states
+    stride = states.stride(0) * states.element_size() if len(states) > 1 else 0
+    misplaced = states.data_ptr() % 16 != 0 or stride % 16 != 0
+    return states.clone(memory_format=torch.contiguous_format) if misplaced else states
+
+
 def unit(num_elements: int) -> int:
-    """Say what a row consists of: whole tiles, else whole octets, else elements."""
+    """Say what a row consists of: whole tiles, else whole octets, else elements.
+
+    All but the last may be read 16 bytes at a time, from rows that `aligned` has seen.
+    """
     return next(size for size in (TILE, 8, 1) if num_elements % size == 0)
 
 
 def launch(kernel: Any, num_rows: int, num_elements: int, *arguments: Any) -> None:
     """Start a program per tile of each row; the first argument is on the device of the launch."""
-    tiles = num_tiles(num_elements)
-    if num_rows * tiles > 0:
-        with torch.cuda.device_of(arguments[0]):
-            kernel[(num_rows * tiles,)](
-                *arguments,
-                num_elements,
-                tiles,
-                UNIT=unit(num_elements),
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
-            )
+    tiles, constants = num_tiles(num_elements), {"UNIT": unit(num_elements), "num_warps": NUM_WARPS}
+    launch_grid(kernel, num_rows * tiles, *arguments, num_elements, tiles, **constants)
 
 
 def finish(kernel: Any, num_rows: int, num_elements: int, *arguments: Any) -> None:
     """Start a program per row, to add its partial sums."""
-    if num_rows > 0:
-        with torch.cuda.device_of(arguments[0]):
-            kernel[(num_rows,)](
-                *arguments,
-                num_elements,
-                num_tiles(num_elements),
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
-            )
+    tiles = num_tiles(num_elements)
+    launch_grid(kernel, num_rows, *arguments, num_elements, tiles, num_warps=NUM_WARPS)
 
 
 @triton.jit
-def place(num_elements, num_tiles):
+def place(num_elements, num_tiles, UNIT: tl.constexpr):
     """Row of a program, tile of the row, its first element, and how many elements it has."""
     program = tl.program_id(0)
     tile = program % num_tiles
     first = tile.to(tl.int64) * WHOLE
     left = tl.minimum(num_elements - first, WHOLE).to(tl.int32)
+    if UNIT > 1:
+        left = tl.multiple_of(left, 8)
     return (program // num_tiles).to(tl.int64), tile, first, left
 
 
 @triton.jit
-def read(start, left, UNIT: tl.constexpr):
-    """A tile as fp32; 0 past its end."""
-    at = tl.arange(0, OCTETS)[:, None] * 8
-    if start.dtype.element_ty == tl.bfloat16:
-        at += tl.arange(0, 8)[None, :]
-        octets = _load(start + at, at < left, UNIT)
-        pair = tl.split(octets.reshape([OCTETS, 2, 4]).trans(0, 2, 1))
-    else:
-        at += tl.arange(0, 4)[None, :]
-        pair = _load(start + at, at < left, UNIT), _load(start + at + 4, at + 4 < left, UNIT)
-    return pair
+def _places(start, count: tl.constexpr, UNIT: tl.constexpr):
+    """Where the first `count` elements of each octet are: in the tile, and in memory."""
+    at = tl.arange(0, OCTETS)[:, None] * 8 + tl.arange(0, count)[None, :]
+    pointers = start + at
+    if UNIT > 1:
+        size: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
+        pointers = tl.multiple_of(pointers, [size, 16])
+    return at, pointers
 
 
 @triton.jit
 def _load(pointers, exists, UNIT: tl.constexpr):
     values = tl.load(pointers) if UNIT == WHOLE else tl.load(pointers, mask=exists, other=0.0)
     return values.to(tl.float32)
+
+
+@triton.jit
+def read(start, left, UNIT: tl.constexpr):
+    """A tile as fp32; 0 past its end."""
+    if start.dtype.element_ty == tl.bfloat16:
+        at, pointers = _places(start, 8, UNIT)
+        octets = _load(pointers, at < left, UNIT)
+        pair = tl.split(octets.reshape([OCTETS, 2, 4]).trans(0, 2, 1))
+    else:
+        at, first = _places(start, 4, UNIT)
+        _, last = _places(start + 4, 4, UNIT)
+        pair = _load(first, at < left, UNIT), _load(last, at + 4 < left, UNIT)
+    return pair
 
 
 @triton.jit
@@ -109,15 +130,15 @@ def nothing():
 @triton.jit
 def write(start, values, left, UNIT: tl.constexpr):
     """Store a tile in the dtype of its row; only what exists of it."""
-    at = tl.arange(0, OCTETS)[:, None] * 8
     if start.dtype.element_ty == tl.bfloat16:
-        at += tl.arange(0, 8)[None, :]
+        at, pointers = _places(start, 8, UNIT)
         octets = tl.join(values[0], values[1]).trans(0, 2, 1).reshape([OCTETS, 8])
-        tl.store(start + at, cast(octets, tl.bfloat16), mask=None if UNIT == WHOLE else at < left)
+        tl.store(pointers, cast(octets, tl.bfloat16), None if UNIT == WHOLE else at < left)
     else:
-        at += tl.arange(0, 4)[None, :]
-        tl.store(start + at, values[0], mask=None if UNIT == WHOLE else at < left)
-        tl.store(start + at + 4, values[1], mask=None if UNIT == WHOLE else at + 4 < left)
+        at, first = _places(start, 4, UNIT)
+        _, last = _places(start + 4, 4, UNIT)
+        tl.store(first, values[0], None if UNIT == WHOLE else at < left)
+        tl.store(last, values[1], None if UNIT == WHOLE else at + 4 < left)
 
 
 @triton.jit
