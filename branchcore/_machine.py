@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-import branchcore
 from branchcore import _dispatch
 
 # Distributions that provide the module triton: releases, nightly builds, AMD.
@@ -173,7 +173,11 @@ def _gpu(device: torch.device, chips: Sequence[str]) -> Gpu:
 
 def _compiled_files() -> tuple[str, ...]:
     # a checkout's package has the folders of an installed copy on its path
-    found = {path.name for folder in branchcore.__path__ for path in Path(folder).glob("_C.*")}
+    found = {
+        path.name
+        for folder in sys.modules["branchcore"].__path__
+        for path in Path(folder).glob("_C.*")
+    }
     return tuple(sorted(found))
 
 
