@@ -173,12 +173,8 @@ def _gpu(device: torch.device, chips: Sequence[str]) -> Gpu:
 
 def _compiled_files() -> tuple[str, ...]:
     # a checkout's package has the folders of an installed copy on its path
-    found = {
-        path.name
-        for folder in sys.modules["branchcore"].__path__
-        for path in Path(folder).glob("_C.*")
-    }
-    return tuple(sorted(found))
+    folders = map(Path, sys.modules["branchcore"].__path__)
+    return tuple(sorted({path.name for folder in folders for path in folder.glob("_C.*")}))
 
 
 def _triton() -> str:

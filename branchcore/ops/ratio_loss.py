@@ -49,8 +49,7 @@ def ratio_loss(
     _check.tensor(op, "exponent_E2", exponent_E2, (num_edges, 2), _check.ROW, device)
     _check.tensor(op, "advantage_E2", advantage_E2, (num_edges, 2), _check.SCALAR, device)
     _check.tensor(op, "weight_E", weight_E, (num_edges,), _check.SCALAR, device)
-    numbers = len(clip) == 2 and all(isinstance(distance, float | int) for distance in clip)
-    if not numbers or not min(clip) >= 0:
+    if len(clip) != 2 or not min(clip) >= 0:
         raise ValueError(f"{op}: clip must be two distances >= 0, got {clip}")
     low, high = clip
     loss, stats, _, _ = _forward(
