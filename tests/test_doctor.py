@@ -155,7 +155,7 @@ def test_a_missing_compiled_module(files, remedy, monkeypatch, capsys):
     ids=["cpu", "cpu-cuda-build", "gpu-cpu-build", "gpu", "gpu-triton", "amd", "unseen"],
 )
 def test_what_a_machine_should_offer(changes, more, on_cpu):
-    machine = on_cpu._replace(**{"triton": "", **changes})
+    machine = on_cpu._replace(**{"triton": "", "static_cuda": "", **changes})
     assert doctor.should_offer(machine) == BASE + more
 
 
