@@ -75,6 +75,16 @@ def test_ratio_bounds_are_passed_in_float64() -> None:
     assert params["lower"].annotation_type == params["upper"].annotation_type == "fp64"
 
 
+@pytest.mark.skipif(_dispatch.interpreted(), reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("op", sorted(CORE))
+def test_a_kernel_does_not_see_alignment_or_batch(op: str) -> None:
+    builds = _dispatch.triton_kernels(op).BUILDS
+    params = [param for build in builds for param in build.kernel.params]
+    assert len(params) > len(builds)
+    seen = {param.name for param in params if not param.do_not_specialize}
+    assert seen <= {"UNIT", "BLOCK"}, seen
+
+
 @triton.jit
 def _words_kernel(counter, words, NUM: tl.constexpr):
     at = tl.arange(0, NUM)
