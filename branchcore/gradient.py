@@ -162,6 +162,7 @@ def _check_edges(plan: Plan, advantage_M2: Floats, weight_M: Floats) -> None:
 class _Terms(NamedTuple):
     """Device tensors of one micro-batch, N parents and E edges."""
 
+    nodes: Ints
     rows: Tensor
     slots: Tensor
     local: Tensor
@@ -228,7 +229,7 @@ def _terms(
         floats += [numbers.ravel(), advantage_M2[edges].ravel(), weight_M[edges], kl_N]
     index, number = iter(upload(arrays, device)), iter(upload(floats, device))
     terms: list[_Terms] = []
-    for _ in batches:
+    for batch in batches:
         rows, slots, local, start, edges, group, images = (next(index) for _ in range(7))
         numbers, advantage, weight, kl = (next(number) for _ in range(4))
         edge_terms = Edges(
@@ -240,7 +241,7 @@ def _terms(
             weight=weight,
             group=group,
         )
-        terms.append(_Terms(rows, slots, local, edge_terms, kl.to(forest.x.dtype)))
+        terms.append(_Terms(batch.nodes, rows, slots, local, edge_terms, kl.to(forest.x.dtype)))
     return terms
 
 
@@ -248,7 +249,9 @@ def _velocity(
     forest: Forest, model: VelocityModel, term: _Terms, *, reference: bool = False
 ) -> Tensor:
     sigma, prompt = forest.sigma[term.rows], forest.prompt[term.rows]
-    return call_velocity(model, forest.x[term.slots], sigma, prompt, reference=reference)
+    host = (forest.plan.sigma[term.nodes], forest.plan.prompt[term.nodes])
+    x = forest.x[term.slots]
+    return call_velocity(model, x, sigma, prompt, reference=reference, host=host)
 
 
 def _backward(

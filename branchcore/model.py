@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from branchcore.credit import Floats
 
 
 class VelocityModel(Protocol):
@@ -59,10 +63,20 @@ def call_velocity(
     prompt_N: Tensor,
     *,
     reference: bool = False,
+    host: tuple[Floats, NDArray[np.integer]] | None = None,
 ) -> Tensor:
     """Calls the model on flat states and returns the flat velocity, (N, D).
 
     bf16 and fp32 velocities stay as they are, fp16 becomes fp32; fp64 states make them fp64.
+
+    Args:
+        model: the policy.
+        x_ND: (N, D) states.
+        sigma_N: (N,) noise levels, dtype of the states.
+        prompt_N: (N,) int64 prompt indices.
+        reference: call the base policy instead.
+        host: the same (sigma, prompt) on the host. A model that has `announce(sigma, prompt)` is
+            told them right before the call, so that finding rows in common needs no sync.
 
     Raises:
         ValueError: the model returned another shape.
@@ -70,6 +84,9 @@ def call_velocity(
     """
     shape = (len(x_ND), *model.latent_shape)
     call = model.reference_velocity if reference else model.velocity
+    announce = getattr(model, "announce", None)
+    if announce is not None and host is not None:
+        announce(*host)
     v = call(x_ND.view(shape), sigma_N, prompt_N)
     if not isinstance(v, Tensor) or not v.is_floating_point():  # pyright: ignore[reportUnnecessaryIsInstance]
         got = v.dtype if isinstance(v, Tensor) else type(v).__name__  # pyright: ignore[reportUnnecessaryIsInstance]

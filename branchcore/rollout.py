@@ -216,7 +216,8 @@ class _Run:
         forest = self.forest
         with torch.set_grad_enabled(chunk.taped):
             sigma, prompt = forest.sigma[chunk.rows], forest.prompt[chunk.rows]
-            out = call_velocity(self.model, x[chunk.local], sigma, prompt)
+            host = (self.plan.sigma[chunk.nodes], self.plan.prompt[chunk.nodes])
+            out = call_velocity(self.model, x[chunk.local], sigma, prompt, host=host)
         forest.calls += 1
         if chunk.taped:
             if not out.requires_grad:

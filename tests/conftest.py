@@ -1,5 +1,6 @@
 """Shared toys: a small policy and the naive per-edge gradient that everything must equal."""
 
+import importlib
 import math
 
 import numpy as np
@@ -15,6 +16,21 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Returns a function: name of a family -> folder of its tiny pipeline, built once."""
+    pytest.importorskip("diffusers")
+    folders = {}
+
+    def folder(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("pipelines") / name
+            importlib.import_module(f"tiny_pipelines.{name}").build(folders[name])
+        return folders[name]
+
+    return folder
 
 
 class ToyModel:

@@ -1,0 +1,237 @@
+"""A diffusers pipeline behind the engine's `Model` protocol.
+
+The velocity is v = eps - x0 at x_sigma = (1 - sigma) x0 + sigma eps. Letters: N rows of a call, P
+prompts, L images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from branchcore.credit import Floats
+from branchcore.models.family import Family, Size, Text
+from branchcore.models.sharing import Rows, Sharing
+from branchcore.prune import balanced_chunks
+
+ENCODE_BATCH = 16
+
+
+class FlowModel:
+    """A pipeline of one of the families; made by a family's `from_pretrained`.
+
+    Args:
+        family: the architecture.
+        pipe: the pipeline; its transformer is frozen until `weights.add_lora` or `train_all`.
+        size: what is generated.
+        guidance: scale of classifier-free guidance, 1 = off.
+        negative_prompt: of the unconditional half.
+        dtype: of the transformer's weights and activations.
+        device: where transformer, VAE and text encoders live.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        pipe: Any,
+        size: Size,
+        *,
+        guidance: float,
+        negative_prompt: str,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.family, self.pipe, self.size = family, pipe, size
+        self.guidance, self.negative_prompt = guidance, negative_prompt
+        self.dtype, self.device = dtype, torch.device(device)
+        self.module: nn.Module = pipe.transformer.eval().requires_grad_(False)
+        self.vae: nn.Module = pipe.vae.eval().requires_grad_(False)
+        self.latent_shape = family.latent_shape(pipe, size)
+        self.train_uncond = False
+        """Whether the gradient also runs through the unconditional half."""
+        self.decode_batch: int | None = None
+        """Images per VAE call; None = all."""
+        self.frozen: nn.Module | None = None
+        """Copy of the base policy under full fine-tuning; a LoRA is switched off instead."""
+        self.sharing: Sharing | None = None
+        self.folded: list[str] = []
+        """Cross-attentions whose text keys and values are computed once per prompt."""
+        self._texts: dict[str, Text] = {}
+        self.share()
+
+    def share(self) -> None:
+        """Computes text, time and modulation once per prompt and noise level (the default)."""
+        if self.sharing is None:
+            self.sharing = Sharing(self.module, self.family.shared)
+            self.folded = self.family.fold_cross_attention(self.module, self.sharing)
+
+    def sigmas(self, steps: int) -> Floats:
+        """Returns the pipeline's own (steps + 1,) noise levels at this size."""
+        return self.family.sigmas(self.pipe, steps, self.latent_shape)
+
+    def to(self, device_or_dtype: torch.device | torch.dtype | str) -> FlowModel:
+        """Moves weights to a device or a float dtype (float64 for exactness); returns self."""
+        for module in (self.module, self.vae, self.frozen):
+            if module is not None:
+                nn.Module.to(module, device_or_dtype)
+        if isinstance(device_or_dtype, torch.dtype):
+            self.dtype = device_or_dtype
+        else:
+            self.device = torch.device(device_or_dtype)
+        return self
+
+    def encode(self, prompts: Sequence[str], *, release: bool = False) -> None:
+        """Encodes prompts that are new, each once, and remembers them on the host.
+
+        Args:
+            prompts: any number of texts.
+            release: free the text encoders afterwards; unknown prompts are an error from then on.
+
+        Raises:
+            ValueError: a prompt that the encoders cannot take whole, or encoders already released.
+        """
+        wanted = [*prompts, *([self.negative_prompt] if self.guidance > 1.0 else [])]
+        new = list(dict.fromkeys(text for text in wanted if text not in self._texts))
+        if new and not self._has_text_encoders():
+            raise ValueError(
+                f"encode: prompts must be known once the text encoders are released, got "
+                f"{new[0]!r} and {len(new) - 1} more; try encode(all_prompts, release=True)"
+            )
+        chunks = balanced_chunks(len(new), ENCODE_BATCH)
+        for lo, hi in tqdm(chunks, desc="encode prompts", disable=len(chunks) < 4 or None):
+            with torch.no_grad():
+                texts = self.family.encode(self.pipe, new[lo:hi])
+            for prompt, text in zip(new[lo:hi], texts, strict=True):
+                self._texts[prompt] = {name: value.cpu() for name, value in text.items()}
+        if release:
+            self.release_text_encoders()
+
+    def _has_text_encoders(self) -> bool:
+        names = [name for name in self.pipe.components if name.startswith("text_encoder")]
+        return any(getattr(self.pipe, name) is not None for name in names)
+
+    def release_text_encoders(self) -> None:
+        """Frees the text encoders' memory; prompts encoded so far stay known."""
+        for name in self.pipe.components:
+            if name.startswith("text_encoder"):
+                setattr(self.pipe, name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def with_prompts(self, prompts: Sequence[str]) -> PromptedFlow:
+        """Returns a view of this model whose `prompt` arguments index these prompts."""
+        self.encode(prompts)
+        texts = [self._texts[prompt] for prompt in prompts]
+        if self.guidance > 1.0:
+            texts.append(self._texts[self.negative_prompt])
+        stacked = self.family.stack(texts)
+        return PromptedFlow(self, {name: self._put(value) for name, value in stacked.items()})
+
+    def _put(self, value: Tensor) -> Tensor:
+        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns images (L, 3, H, W) or videos (L, F, 3, H, W) in [0, 1] of latents at sigma 0."""
+        chunks = balanced_chunks(len(latents), self.decode_batch)
+        return torch.cat([self.family.decode(self.vae, latents[lo:hi]) for lo, hi in chunks])
+
+    @contextmanager
+    def as_reference(self) -> Generator[nn.Module]:
+        """Lends the transformer as the base policy: its copy, or itself without its adapters.
+
+        Raises:
+            ValueError: there is neither.
+        """
+        if self.frozen is not None:
+            yield self.frozen
+            return
+        adapters = self.module
+        if not getattr(adapters, "peft_config", None):
+            raise ValueError(
+                "reference_velocity: model must have a LoRA or a frozen copy of its weights, got "
+                "neither; try add_lora() or train_all(reference=True)"
+            )
+        adapters.disable_adapters()  # pyright: ignore[reportCallIssue]
+        try:
+            yield adapters
+        finally:
+            adapters.enable_adapters()  # pyright: ignore[reportCallIssue]
+
+
+class _HostRows(NamedTuple):
+    sigma: Floats
+    prompt: NDArray[np.integer]
+
+
+class PromptedFlow:
+    """The `VelocityModel` of a model and its prompts; shares the model's weights.
+
+    Args:
+        model: the policy.
+        text: (P, ...) conditioning; the last row is the negative prompt's if there is guidance.
+    """
+
+    def __init__(self, model: FlowModel, text: Text) -> None:
+        self.model, self.text = model, text
+        self.latent_shape = model.latent_shape
+        self._null = len(next(iter(text.values()))) - 1
+        self._announced: _HostRows | None = None
+
+    def announce(self, sigma: Floats, prompt: NDArray[np.integer]) -> None:
+        """Tells the next call's rows from the host, which saves a copy from the device."""
+        self._announced = _HostRows(sigma, prompt)
+
+    def velocity(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        """Returns the guided velocity (N, *latent_shape) of the policy."""
+        return self._velocity(self.model.module, x, sigma, prompt)
+
+    def reference_velocity(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        """Returns the guided velocity of the frozen base policy."""
+        with self.model.as_reference() as module:
+            return self._velocity(module, x, sigma, prompt)
+
+    def _velocity(self, module: nn.Module, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        model, family = self.model, self.model.family
+        host = self._announced
+        self._announced = None
+        if host is None or len(host.sigma) != len(x):
+            host = _HostRows(sigma.double().cpu().numpy(), prompt.cpu().numpy())
+        packed = family.pack(x.to(model.dtype))
+        if model.guidance == 1.0:
+            return family.unpack(
+                self._predict(module, packed, sigma, prompt, host), self.latent_shape
+            )
+        null, null_host = torch.full_like(prompt, self._null), np.full_like(host.prompt, self._null)
+        if torch.is_grad_enabled() and not model.train_uncond:
+            with torch.no_grad():
+                uncond = self._predict(module, packed, sigma, null, host._replace(prompt=null_host))
+            cond = self._predict(module, packed, sigma, prompt, host)
+        else:
+            both = _HostRows(
+                np.concatenate([host.sigma] * 2), np.concatenate([host.prompt, null_host])
+            )
+            twice = self._predict(
+                module, torch.cat([packed] * 2), sigma.repeat(2), torch.cat([prompt, null]), both
+            )
+            cond, uncond = twice.chunk(2)
+        if cond.dtype in (torch.bfloat16, torch.float16):
+            cond, uncond = cond.float(), uncond.float()
+        return family.unpack(family.guide(cond, uncond, model.guidance), self.latent_shape)
+
+    def _predict(
+        self, module: nn.Module, packed: Tensor, sigma: Tensor, prompt: Tensor, host: _HostRows
+    ) -> Tensor:
+        text = {name: value[prompt] for name, value in self.text.items()}
+        family, sharing = self.model.family, self.model.sharing
+        if sharing is None or module is not self.model.module:
+            return family.predict(module, packed, sigma, text, self.latent_shape)
+        with sharing.using(Rows(host.sigma, host.prompt, packed.device)):
+            return family.predict(module, packed, sigma, text, self.latent_shape)

@@ -1,0 +1,130 @@
+"""Loads pipelines: everything that can be refused is, before weights are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from branchcore.models.family import Family, Size
+from branchcore.models.flow_model import FlowModel
+
+
+def load(
+    family: Family,
+    path: str | Path,
+    size: Size,
+    *,
+    guidance: float,
+    negative_prompt: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> FlowModel:
+    """Loads a pipeline of a family.
+
+    Args:
+        family: which.
+        path: folder of a diffusers pipeline, or its name on the Hugging Face hub.
+        size: what is generated.
+        guidance: scale of classifier-free guidance.
+        negative_prompt: of its unconditional half.
+        dtype: of the weights.
+        device: where they go.
+
+    Raises:
+        OSError: no such folder or pipeline, missing or damaged files, no network.
+        ValueError: a pipeline of another class, weights that do not fit, a size or a guidance that
+            the model cannot take.
+        RuntimeError: diffusers is not installed.
+    """
+    family.check_size(size)
+    check_class(family, path)
+    diffusers = _diffusers()
+    transformer_class = getattr(diffusers, family.transformer)
+    config = _config(family, path, transformer_class)
+    family.check_guidance(guidance, config)
+    transformer = _weights(family, path, transformer_class, "transformer", dtype)
+    try:
+        pipe = getattr(diffusers, family.pipeline).from_pretrained(
+            path, transformer=transformer, dtype=dtype
+        )
+    except (OSError, ValueError) as error:
+        raise OSError(f"{family.name}: {path} must be a whole pipeline, got {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return FlowModel(
+        family,
+        pipe.to(device),
+        size,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _diffusers() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise RuntimeError(
+            "from_pretrained: diffusers must be installed, got none; "
+            "try pip install 'branchcore[models]'"
+        ) from error
+    return diffusers
+
+
+def check_class(family: Family, path: str | Path) -> None:
+    """Raises unless a local folder is a pipeline of the family's class."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+            raise OSError(
+                f"{family.name}: path must be a folder or a name 'owner/model' of the hub, "
+                f"got {path}"
+            )
+        return
+    index = folder / "model_index.json"
+    try:
+        found: Mapping[str, Any] = json.loads(index.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise OSError(
+            f"{family.name}: {folder} must be a diffusers pipeline with model_index.json, "
+            f"got {error}"
+        ) from error
+    if found.get("_class_name") != family.pipeline:
+        raise ValueError(
+            f"{family.name}: {folder} must be a {family.pipeline}, got {found.get('_class_name')}"
+        )
+
+
+def _config(family: Family, path: str | Path, cls: Any) -> Mapping[str, Any]:
+    try:
+        return cls.load_config(path, subfolder="transformer")
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{family.name}: {path} must be a pipeline on this machine or, with a network, on "
+            f"the hub; got {error}"
+        ) from error
+
+
+def _weights(
+    family: Family, path: str | Path, cls: Any, folder: str, dtype: torch.dtype
+) -> torch.nn.Module:
+    """Loads a model and refuses weights that are missing, foreign or of another shape."""
+    try:
+        module, report = cls.from_pretrained(
+            path, subfolder=folder, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OSError(f"{family.name}: {path}/{folder} must hold weights, got {error}") from error
+    wrong = {name: list(keys) for name, keys in report.items() if keys}
+    if wrong:
+        name, keys = next(iter(wrong.items()))
+        raise ValueError(
+            f"{family.name}: {path}/{folder} must hold the weights of {family.transformer}, got "
+            f"{len(keys)} {name.replace('_', ' ')}, such as {keys[0]}"
+        )
+    return module

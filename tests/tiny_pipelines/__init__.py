@@ -1,0 +1,1 @@
+"""Tiny diffusers pipelines with random weights: real classes, real tokenizers, no download."""
