@@ -1,7 +1,8 @@
 """Checkpoints: safetensors and JSON, written whole or not at all; nothing pickled is ever read.
 
 A checkpoint is a folder `checkpoint-000040` with model.safetensors, optimizer.safetensors,
-ema.safetensors and state.json. It is written under another name and renamed when complete, so a
+ema.safetensors, masters.safetensors (where weights are 16-bit) and state.json. The base of a LoRA
+is in none of them. It is written under another name and renamed when complete, so a
 crash at any moment leaves the last whole one.
 """
 
@@ -18,11 +19,19 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 FORMAT = "branchcore-checkpoint-1"
 _NAME = re.compile(r"checkpoint-(\d{6,})$")
 Tensors = dict[str, Tensor]
+
+
+def trained(module: nn.Module) -> Tensors:
+    """Returns what is kept of a module: all its state, or the trainable part if some is frozen."""
+    state: Tensors = dict(module.state_dict(keep_vars=True))
+    if all(p.requires_grad for p in module.parameters()):
+        return state
+    return {name: value for name, value in state.items() if value.requires_grad}
 
 
 def folder_of(out: Path, iteration: int) -> Path:

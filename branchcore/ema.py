@@ -1,59 +1,85 @@
-"""Exponential moving average of a module's weights, and its loan to the module."""
+"""Exponential moving average of a module's trained weights, and its loan to the module."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from branchcore.checkpoint import trained
+from branchcore.masters import Masters
 
 
 class Ema:
-    """Averages a module's weights after every optimizer iteration.
+    """Averages a module's trainable weights after every optimizer iteration, in fp32 at least.
+
+    What is frozen is not copied: the average of a LoRA costs no second base.
 
     Args:
         module: the trained module.
         decay: weight of the old average, in [0, 1]; may be set anew before an update.
         starts_as_copy: the average starts as the module is now (a policy that lags behind); False:
             as it is at the first update.
+        masters: whose values are averaged where the module has them rounded; None = the module's.
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, starts_as_copy: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float,
+        *,
+        starts_as_copy: bool = False,
+        masters: Masters | None = None,
+    ) -> None:
         self.module, self.decay = module, decay
-        self.average = AveragedModel(module, multi_avg_fn=self._mix)
-        self.average.n_averaged.fill_(int(starts_as_copy))
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.sources = self.parameters if masters is None else masters.parameters
+        self.averages = [_wide(p).clone() for p in self.sources]
+        self.updates = int(starts_as_copy)
 
-    def _mix(self, averages: Any, weights: Any, count: Any) -> None:
-        get_ema_multi_avg_fn(self.decay)(averages, weights, count)
-
+    @torch.no_grad()
     def update(self) -> None:
         """Takes the module's weights in."""
-        self.average.update_parameters(self.module)
+        weights = [_wide(p) for p in self.sources]
+        if self.updates:
+            get_ema_multi_avg_fn(self.decay)(self.averages, weights, self.updates)
+        else:
+            for average, weight in zip(self.averages, weights, strict=True):
+                average.copy_(weight)
+        self.updates += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the averaged weights under the module's own names."""
-        return dict(self.average.module.state_dict())
+        """Returns `checkpoint.trained` with the averaged weights, under the module's own names."""
+        pairs = zip(self.parameters, self.averages, strict=True)
+        average = {id(p): value for p, value in pairs}
+        state = trained(self.module)
+        return {name: average.get(id(value), value.detach()) for name, value in state.items()}
 
     def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """Restores the average as it was after so many updates."""
-        self.average.module.load_state_dict(dict(tensors))
-        self.average.n_averaged.fill_(updates)
+        average = {id(p): value for p, value in zip(self.parameters, self.averages, strict=True)}
+        for name, value in trained(self.module).items():
+            if id(value) in average:
+                average[id(value)].copy_(tensors[name])
+        self.updates = updates
 
     @contextmanager
     def applied(self) -> Generator[None]:
         """Puts the averaged weights into the module for the time of the block."""
-        averages = self.average.module.parameters()
-        pairs = list(zip(self.module.parameters(), averages, strict=True))
-        trained = [p.detach().clone() for p, _ in pairs]
+        before = [p.detach().clone() for p in self.parameters]
         with torch.no_grad():
-            for p, average in pairs:
+            for p, average in zip(self.parameters, self.averages, strict=True):
                 p.copy_(average)
         try:
             yield
         finally:
             with torch.no_grad():
-                for (p, _), value in zip(pairs, trained, strict=True):
+                for p, value in zip(self.parameters, before, strict=True):
                     p.copy_(value)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

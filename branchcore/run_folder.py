@@ -31,12 +31,9 @@ class RunFolder:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.log_path = self.path / "metrics.jsonl"
         name = self.path / "run.json"
-        if name.exists() or self.log_path.exists() or checkpoint.latest(self.path) is not None:
-            if not resume:
-                raise ValueError(
-                    f"run: out must be a new folder, got {self.path} with another run; "
-                    "try --resume or another folder"
-                )
+        if not resume:
+            check_free(self.path)
+        elif _occupied(self.path):
             check_same(name, checkpoint.read_json(name), self.identity)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -60,6 +57,20 @@ class RunFolder:
             ) from error
         kept = [line for line, done in rows if done <= iteration]
         write_whole(self.log_path, "".join(kept if iteration else []))
+
+
+def _occupied(path: Path) -> bool:
+    files = (path / "run.json", path / "metrics.jsonl")
+    return any(file.exists() for file in files) or checkpoint.latest(path) is not None
+
+
+def check_free(path: Path) -> None:
+    """Raises ValueError if a folder holds a run."""
+    if _occupied(path):
+        raise ValueError(
+            f"run: out must be a new folder, got {path} with another run; "
+            "try --resume or another folder"
+        )
 
 
 def check_same(where: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

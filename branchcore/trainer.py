@@ -10,17 +10,18 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from branchcore import checkpoint
+from branchcore import checkpoint, stages
 from branchcore.ema import Ema
 from branchcore.gradient import Statistics
+from branchcore.masters import Masters
 from branchcore.metrics import bar_text, iteration_metrics
 from branchcore.model import Model
 from branchcore.plan import Plan
@@ -29,11 +30,13 @@ from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
 from branchcore.run_folder import RunFolder, check_same
 from branchcore.slow_fast import FastPath, check_fast_steps
-from branchcore.stages import Batch, accumulate, collect, noise_floor, prompt_indices
+from branchcore.stages import Batch, Grown, accumulate
 from branchcore.trainer_config import TrainerConfig
 
 Metrics = dict[str, Any]
-_FREE_TO_CHANGE = ("iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every")
+_FREE_TO_CHANGE = (
+    "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "overlap_rewards",
+)  # fmt: skip
 
 
 class Trainer:
@@ -77,16 +80,19 @@ class Trainer:
             raise ValueError("Trainer: module must have trainable parameters, got none")
         check_fast_steps(config, recipe)
         self.device = self.parameters[0].device
+        self.masters = Masters(model.module)
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            self.masters.parameters,
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-        self.ema = None if config.ema_decay is None else Ema(model.module, config.ema_decay)
-        lags = recipe.sampler_decay is not None
-        self.sampler = Ema(model.module, 0.0, starts_as_copy=True) if lags else None
+        average = partial(Ema, model.module, masters=self.masters)
+        self.ema = None if config.ema_decay is None else average(config.ema_decay)
+        self.sampler = None if recipe.sampler_decay is None else average(0.0, starts_as_copy=True)
+        both = (("ema", self.ema), ("sampler", self.sampler))
+        self._averages = {name: kept for name, kept in both if kept is not None}
         self.iteration, self.cpu_s = 0, 0.0
         self.noise_floor: float | None = None
         identity = self._identity(facts or {})
@@ -130,15 +136,8 @@ class Trainer:
     def step(self) -> Metrics:
         """Runs one iteration and returns its metrics."""
         cpu, wall = time.process_time(), time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
-        before = FastPath(self.parameters, self.optimizer) if self.config.fast_steps else None
-        batches, total = self._first_update()
-        norms = [self._optimizer_step(0)]
-        if before is not None:
-            norms += self._fast_steps(before, batches)
-        for update in range(1, self.recipe.updates):
-            total = total.plus(self._update(batches, update))
-            norms.append(self._optimizer_step(update))
+        with self.masters.receiving():
+            batches, total, norms = self._updates()
         if self.ema is not None:
             self.ema.update()
         if self.sampler is not None and self.recipe.sampler_decay is not None:
@@ -155,52 +154,65 @@ class Trainer:
             "wall_s": time.perf_counter() - wall,
         }
 
+    def _updates(self) -> tuple[list[Batch], Statistics, list[torch.Tensor]]:
+        """Takes all optimizer steps of an iteration; returns their gradient norms too."""
+        self.optimizer.zero_grad(set_to_none=True)
+        fast = self.config.fast_steps > 0
+        start = FastPath(self.masters.parameters, self.optimizer) if fast else None
+        batches, total = self._first_update()
+        norms = [self._optimizer_step(0)]
+        if start is not None:
+            norms += self._fast_steps(start, batches)
+        for update in range(1, self.recipe.updates):
+            total = total.plus(self._update(batches, update))
+            norms.append(self._optimizer_step(update))
+        return batches, total, norms
+
     def _first_update(self) -> tuple[list[Batch], Statistics]:
-        """Rolls out, scores and backpropagates round by round, so that one tape lives at a time."""
+        """Rolls out, scores and backpropagates round by round, so that few tapes live at a time."""
         config, seed, iteration = self.config, self.config.seed, self.iteration
-        chosen = prompt_indices(
+        chosen = stages.prompt_indices(
             len(self.prompts), config.prompts_per_iteration, seed=seed, iteration=iteration
         )
-        rounds = balanced_chunks(len(chosen), config.prompts_per_round)
-        uids = np.arange(len(chosen))
-        plans = [
-            self.recipe.plan(uids[lo:hi].tolist(), seed=seed, iteration=iteration)
-            for lo, hi in rounds
-        ]
+        rounds = [range(*ends) for ends in balanced_chunks(len(chosen), config.prompts_per_round)]
+        plans = [self.recipe.plan([*uids], seed=seed, iteration=iteration) for uids in rounds]
         planned = sum(len(p.trained(0)) for p in plans)
+        texts = [self.prompts[i] for i in chosen]
+        grown = (self._grow(*one, texts) for one in zip(plans, rounds, strict=True))
         batches: list[Batch] = []
         total = Statistics.zero(self.device)
-        for plan, (lo, hi) in zip(plans, rounds, strict=True):
-            prompts = [self.prompts[i] for i in chosen[lo:hi]]
-            batch = self._collect(plan, prompts, uids[lo:hi].tolist())
-            if self.noise_floor is None and self.sampler is None:
-                self.noise_floor = noise_floor(batch, self.recipe, max_batch=config.max_batch)
-            batches.append(batch)
-            total = total.plus(
-                accumulate(
+        limit, weights = config.max_batch, config.reward_weights
+        end = partial(
+            stages.finish, recipe=self.recipe, iteration=iteration, reward_weights=weights
+        )
+        done = stages.score_rounds(grown, self.reward, end, overlap=config.overlap_rewards)
+        with closing(done):
+            for batch in done:
+                if self.noise_floor is None and self.sampler is None:
+                    self.noise_floor = stages.noise_floor(batch, self.recipe, max_batch=limit)
+                batches.append(batch)
+                part = accumulate(
                     batch,
                     self.recipe,
                     anchor="auto" if self.sampler is None else "rollout",
-                    max_batch=config.max_batch,
+                    max_batch=limit,
                     num_planned=planned,
                 )
-            )
+                total = total.plus(part)
         return batches, total
 
-    def _collect(self, plan: Plan, prompts: list[str], uids: list[int]) -> Batch:
-        """Grows and scores a round with the policy that samples."""
+    def _grow(self, plan: Plan, uids: range, texts: list[str]) -> Grown:
+        """Grows a round with the policy that samples."""
         config, lags = self.config, self.sampler is not None
         with self.sampler.applied() if self.sampler is not None else nullcontext():
-            return collect(
+            return stages.grow(
                 plan,
                 self.model,
                 self.recipe,
-                prompts,
-                uids,
-                self.reward,
+                [texts[i] for i in uids],
+                [*uids],
                 seed=config.seed,
                 iteration=self.iteration,
-                reward_weights=config.reward_weights,
                 tape=0 if lags else config.tape,
                 max_batch=config.max_batch,
                 keep_velocity=True if lags or config.fast_steps else None,
@@ -212,9 +224,8 @@ class Trainer:
         limits = {"max_batch": self.config.max_batch, "num_planned": planned}
         total = Statistics.zero(self.device)
         for batch in batches:
-            total = total.plus(
-                accumulate(batch, self.recipe, update=update, anchor="rollout", **limits)
-            )
+            part = accumulate(batch, self.recipe, update=update, anchor="rollout", **limits)
+            total = total.plus(part)
         return total
 
     def _fast_steps(self, before: FastPath, batches: Sequence[Batch]) -> list[torch.Tensor]:
@@ -228,23 +239,21 @@ class Trainer:
                 far = bool(ratio.sum_abs_dev > limit * ratio.edges)
                 share = 0.0 if far else self.config.fast_share
         before.go_back(share)
+        self.masters.write()
         self._update(batches, 0)
         return [*norms, self._optimizer_step(0)]
 
     def _optimizer_step(self, update: int) -> torch.Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.parameters, self.config.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise FloatingPointError(
                 f"Trainer: gradient norm must be finite, got {float(norm)} at iteration "
                 f"{self.iteration}, update {update}; this update changed no weight"
             )
         self.optimizer.step()
+        self.masters.write()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def _averages(self) -> dict[str, Ema]:
-        both = {"ema": self.ema, "sampler": self.sampler}
-        return {name: average for name, average in both.items() if average is not None}
 
     def averaged(self) -> AbstractContextManager[None]:
         """Returns a block in which the module has its EMA weights, if the run keeps any."""
@@ -253,18 +262,14 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of the current iteration and returns its folder."""
         tensors = {
-            "model": dict(self.model.module.state_dict()),
+            "model": checkpoint.trained(self.model.module),
             "optimizer": checkpoint.optimizer_tensors(self.optimizer),
         }
-        for name, average in self._averages().items():
-            tensors[name] = average.tensors()
-        state = {
-            **self.folder.identity,
-            "cpu_s": self.cpu_s,
-            "noise_floor": self.noise_floor,
-        }
-        keep = self.config.keep_checkpoints
-        return checkpoint.save(self.folder.path, self.iteration, tensors, state, keep)
+        tensors |= {name: average.tensors() for name, average in self._averages.items()}
+        tensors |= {"masters": self.masters.copies} if self.masters.copies else {}
+        state = {**self.folder.identity, "cpu_s": self.cpu_s, "noise_floor": self.noise_floor}
+        where = self.folder.path, self.iteration
+        return checkpoint.save(*where, tensors, state, self.config.keep_checkpoints)
 
     def _evaluation(self) -> Metrics:
         assert self.evaluate is not None
@@ -280,13 +285,15 @@ class Trainer:
         state = checkpoint.load_state(newest)
         check_same(newest, state, self.folder.identity)
         checkpoint.require(newest / "state.json", state, cpu_s=float, noise_floor=(float, None))
-        module = self.model.module
-        weights = checkpoint.load_tensors(newest, "model", like=module.state_dict())
-        moments = checkpoint.load_moments(newest, self.parameters)
-        for name, average in self._averages().items():
-            tensors = checkpoint.load_tensors(newest, name, like=module.state_dict())
-            average.load(tensors, updates=int(state["iteration"]))
-        module.load_state_dict(weights)
+        module, copies = self.model.module, self.masters.copies
+        like = checkpoint.trained(module)
+        weights = checkpoint.load_tensors(newest, "model", like)
+        moments = checkpoint.load_moments(newest, self.masters.parameters)
+        masters = checkpoint.load_tensors(newest, "masters", copies) if copies else {}
+        for name, average in self._averages.items():
+            average.load(checkpoint.load_tensors(newest, name, like), int(state["iteration"]))
+        module.load_state_dict(weights, strict=False)
+        self.masters.load(masters)
         checkpoint.load_optimizer(self.optimizer, moments)
         self.iteration, self.cpu_s = int(state["iteration"]), float(state["cpu_s"])
         self.noise_floor = state["noise_floor"]

@@ -43,6 +43,8 @@ class TrainerConfig:
     """SFPO: mean |ratio - 1| at the last fast gradient above which nothing of it is kept."""
     reward_weights: Mapping[str, float] | None = None
     """Weight per reward component; None = 1 each."""
+    overlap_rewards: bool = False
+    """Score a round while the next one is grown: same bits, but two rounds' tapes in memory."""
     checkpoint_every: int = 20
     """Iterations between checkpoints."""
     keep_checkpoints: int = 2
@@ -60,6 +62,17 @@ class TrainerConfig:
                 raise TypeError(f"TrainerConfig: {name} must be {kind.__name__}, got {value!r}")
             if not low <= cast("float", value) <= high:
                 raise ValueError(f"TrainerConfig: {name} must be in [{low}, {high}], got {value}")
+        if not isinstance(self.overlap_rewards, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                "TrainerConfig: overlap_rewards must be True or False, "
+                f"got {self.overlap_rewards!r}"
+            )
+        rounds = self.prompts_per_round
+        if self.overlap_rewards and (rounds is None or rounds >= self.prompts_per_iteration):
+            raise ValueError(
+                "TrainerConfig: overlap_rewards must go with several rounds, got prompts_per_round "
+                f"{rounds} of {self.prompts_per_iteration} prompts"
+            )
         numbers = (int, float)
         pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2  # pyright: ignore[reportUnnecessaryIsInstance]
         if not pair or not all(isinstance(b, numbers) and 0.0 <= b < 1.0 for b in self.betas):  # pyright: ignore[reportUnnecessaryIsInstance]
