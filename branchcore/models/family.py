@@ -65,6 +65,16 @@ class Family(ABC):
                 "try embedded_guidance"
             )
 
+    def check_config(  # noqa: B027
+        self, pipeline: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
+        """Raises NotImplementedError for variants of the architecture that are not supported.
+
+        Args:
+            pipeline: what model_index.json says.
+            config: of the transformer.
+        """
+
     @abstractmethod
     def latent_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
         """Returns the shape of one latent, as the VAE decodes it."""
@@ -81,6 +91,10 @@ class Family(ABC):
         Raises:
             ValueError: a prompt is longer than the encoders take.
         """
+
+    def encode_negative(self, pipe: Any, prompt: str) -> Text:
+        """Encodes the prompt of the unconditional half."""
+        return self.encode(pipe, [prompt])[0]
 
     def stack(self, texts: Sequence[Text]) -> Text:
         """Returns the (P, ...) conditioning of several prompts."""

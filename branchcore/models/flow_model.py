@@ -6,7 +6,7 @@ prompts, L images.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from branchcore.credit import Floats
+from branchcore.models.adapters import has_lora, without_lora
 from branchcore.models.family import Family, Size, Text
 from branchcore.models.sharing import Rows, Sharing
 from branchcore.prune import balanced_chunks
@@ -61,9 +62,13 @@ class FlowModel:
         self.frozen: nn.Module | None = None
         """Copy of the base policy under full fine-tuning; a LoRA is switched off instead."""
         self.sharing: Sharing | None = None
+        self.frozen_sharing: Sharing | None = None
         self.folded: list[str] = []
         """Cross-attentions whose text keys and values are computed once per prompt."""
+        self.rollout_predict: Callable[[nn.Module, Tensor, Tensor, Text], Tensor] | None = None
+        """Takes calls without gradient instead of the family's `predict`; see `graph_rollout`."""
         self._texts: dict[str, Text] = {}
+        self._negative: Text | None = None
         self.share()
 
     def share(self) -> None:
@@ -71,6 +76,17 @@ class FlowModel:
         if self.sharing is None:
             self.sharing = Sharing(self.module, self.family.shared)
             self.folded = self.family.fold_cross_attention(self.module, self.sharing)
+            if self.frozen is not None:
+                self.frozen_sharing = Sharing(self.frozen, self.family.shared)
+                self.family.fold_cross_attention(self.frozen, self.frozen_sharing)
+
+    def unshare(self) -> None:
+        """Computes everything on every row again, by the modules as diffusers made them."""
+        for sharing in (self.sharing, self.frozen_sharing):
+            if sharing is not None:
+                sharing.undo()
+        self.sharing = self.frozen_sharing = None
+        self.folded = []
 
     def sigmas(self, steps: int) -> Floats:
         """Returns the pipeline's own (steps + 1,) noise levels at this size."""
@@ -79,7 +95,11 @@ class FlowModel:
     def to(self, device_or_dtype: torch.device | torch.dtype | str) -> FlowModel:
         """Moves weights to a device or a float dtype (float64 for exactness); returns self."""
         for module in (self.module, self.vae, self.frozen):
-            if module is not None:
+            if module is None:
+                continue
+            if isinstance(device_or_dtype, torch.dtype):
+                cast(module, device_or_dtype)
+            else:
                 nn.Module.to(module, device_or_dtype)
         if isinstance(device_or_dtype, torch.dtype):
             self.dtype = device_or_dtype
@@ -97,19 +117,25 @@ class FlowModel:
         Raises:
             ValueError: a prompt that the encoders cannot take whole, or encoders already released.
         """
-        wanted = [*prompts, *([self.negative_prompt] if self.guidance > 1.0 else [])]
-        new = list(dict.fromkeys(text for text in wanted if text not in self._texts))
-        if new and not self._has_text_encoders():
+        new = list(dict.fromkeys(text for text in prompts if text not in self._texts))
+        lacks_negative = self.guidance > 1.0 and self._negative is None
+        if (new or lacks_negative) and not self._has_text_encoders():
+            unknown = new or [self.negative_prompt]
             raise ValueError(
                 f"encode: prompts must be known once the text encoders are released, got "
-                f"{new[0]!r} and {len(new) - 1} more; try encode(all_prompts, release=True)"
+                f"{unknown[0]!r} and {len(unknown) - 1} more; try encode(all_prompts, release=True)"
             )
+        if lacks_negative:
+            with torch.no_grad():
+                self._negative = _on_host(
+                    self.family.encode_negative(self.pipe, self.negative_prompt)
+                )
         chunks = balanced_chunks(len(new), ENCODE_BATCH)
         for lo, hi in tqdm(chunks, desc="encode prompts", disable=len(chunks) < 4 or None):
             with torch.no_grad():
                 texts = self.family.encode(self.pipe, new[lo:hi])
             for prompt, text in zip(new[lo:hi], texts, strict=True):
-                self._texts[prompt] = {name: value.cpu() for name, value in text.items()}
+                self._texts[prompt] = _on_host(text)
         if release:
             self.release_text_encoders()
 
@@ -129,8 +155,8 @@ class FlowModel:
         """Returns a view of this model whose `prompt` arguments index these prompts."""
         self.encode(prompts)
         texts = [self._texts[prompt] for prompt in prompts]
-        if self.guidance > 1.0:
-            texts.append(self._texts[self.negative_prompt])
+        if self.guidance > 1.0 and self._negative is not None:
+            texts.append(self._negative)
         stacked = self.family.stack(texts)
         return PromptedFlow(self, {name: self._put(value) for name, value in stacked.items()})
 
@@ -153,17 +179,27 @@ class FlowModel:
         if self.frozen is not None:
             yield self.frozen
             return
-        adapters = self.module
-        if not getattr(adapters, "peft_config", None):
+        if not has_lora(self.module):
             raise ValueError(
                 "reference_velocity: model must have a LoRA or a frozen copy of its weights, got "
                 "neither; try add_lora() or train_all(reference=True)"
             )
-        adapters.disable_adapters()  # pyright: ignore[reportCallIssue]
-        try:
-            yield adapters
-        finally:
-            adapters.enable_adapters()  # pyright: ignore[reportCallIssue]
+        with without_lora(self.module):
+            yield self.module
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts float weights; a LoRA and what the model's class wants in fp32 never fall below it."""
+    wanted = {*(getattr(module, "_keep_in_fp32_modules", None) or []), "lora_A", "lora_B"}
+    half = dtype in (torch.bfloat16, torch.float16)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        kept = half and not wanted.isdisjoint(name.split("."))
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if kept else dtype)
+
+
+def _on_host(text: Text) -> Text:
+    return {name: value.cpu() for name, value in text.items()}
 
 
 class _HostRows(NamedTuple):
@@ -230,8 +266,11 @@ class PromptedFlow:
         self, module: nn.Module, packed: Tensor, sigma: Tensor, prompt: Tensor, host: _HostRows
     ) -> Tensor:
         text = {name: value[prompt] for name, value in self.text.items()}
-        family, sharing = self.model.family, self.model.sharing
-        if sharing is None or module is not self.model.module:
+        model, family = self.model, self.model.family
+        if model.rollout_predict is not None and not torch.is_grad_enabled():
+            return model.rollout_predict(module, packed, sigma, text)
+        sharing = model.frozen_sharing if module is model.frozen else model.sharing
+        if sharing is None:
             return family.predict(module, packed, sigma, text, self.latent_shape)
         with sharing.using(Rows(host.sigma, host.prompt, packed.device)):
             return family.predict(module, packed, sigma, text, self.latent_shape)

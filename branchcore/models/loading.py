@@ -38,13 +38,17 @@ def load(
         OSError: no such folder or pipeline, missing or damaged files, no network.
         ValueError: a pipeline of another class, weights that do not fit, a size or a guidance that
             the model cannot take.
+        NotImplementedError: a variant of the architecture that the family does not support.
         RuntimeError: diffusers is not installed.
     """
     family.check_size(size)
     check_class(family, path)
     diffusers = _diffusers()
     transformer_class = getattr(diffusers, family.transformer)
-    config = _config(family, path, transformer_class)
+    index = _config(family, path, getattr(diffusers, family.pipeline))
+    _check_name(family, path, index)
+    config = _config(family, path, transformer_class, subfolder="transformer")
+    family.check_config(index, config)
     family.check_guidance(guidance, config)
     transformer = _weights(family, path, transformer_class, "transformer", dtype)
     try:
@@ -76,8 +80,8 @@ def _diffusers() -> Any:
     return diffusers
 
 
-def check_class(family: Family, path: str | Path) -> None:
-    """Raises unless a local folder is a pipeline of the family's class."""
+def check_class(family: Family | type[Family], path: str | Path) -> None:
+    """Raises unless a path is a local pipeline of the family's class, or may be one of the hub."""
     folder = Path(path)
     if not folder.is_dir():
         if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
@@ -94,15 +98,19 @@ def check_class(family: Family, path: str | Path) -> None:
             f"{family.name}: {folder} must be a diffusers pipeline with model_index.json, "
             f"got {error}"
         ) from error
-    if found.get("_class_name") != family.pipeline:
+    _check_name(family, path, found)
+
+
+def _check_name(family: Family | type[Family], path: str | Path, index: Mapping[str, Any]) -> None:
+    if index.get("_class_name") != family.pipeline:
         raise ValueError(
-            f"{family.name}: {folder} must be a {family.pipeline}, got {found.get('_class_name')}"
+            f"{family.name}: {path} must be a {family.pipeline}, got {index.get('_class_name')}"
         )
 
 
-def _config(family: Family, path: str | Path, cls: Any) -> Mapping[str, Any]:
+def _config(family: Family, path: str | Path, cls: Any, **where: str) -> Mapping[str, Any]:
     try:
-        return cls.load_config(path, subfolder="transformer")
+        return cls.load_config(path, **where)
     except (OSError, ValueError) as error:
         raise OSError(
             f"{family.name}: {path} must be a pipeline on this machine or, with a network, on "

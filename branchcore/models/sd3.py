@@ -82,9 +82,14 @@ class SD3(Family):
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """Returns (L, 3, H, W) in [0, 1]."""
-        scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-        image = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+        return decode_image(vae, latents)
+
+
+def decode_image(vae: Any, latents: Tensor) -> Tensor:
+    """Returns (L, 3, H, W) in [0, 1] of unscaled latents, by an AutoencoderKL."""
+    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+    image = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+    return (image.float() / 2 + 0.5).clamp(0, 1)
 
 
 def from_pretrained(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,8 +34,19 @@ class Distinct(NamedTuple):
     """(U,) int64, a row of each."""
     which: Tensor
     """(N,) int64, which of the U every row is."""
-    members: list[tuple[Tensor, Tensor]]
-    """Groups of equally frequent ones: (u,) which of the U, (u, c) their rows."""
+
+
+class Fold(NamedTuple):
+    """A call's rows put next to the others of their prompt; prompts equally frequent in a group."""
+
+    first: Tensor
+    """(U,) int64, a row of each prompt, group after group."""
+    groups: list[tuple[int, int]]
+    """(u, c): the next u prompts have c rows each."""
+    order: Tensor | None
+    """(N,) int64, the rows prompt after prompt; None where they lie so already."""
+    back: Tensor | None
+    """(N,) int64, the place of every row in that order."""
 
 
 class Rows:
@@ -54,6 +66,7 @@ class Rows:
             "node": np.asarray(prompt, np.int64) * (int(level.max(initial=0)) + 1) + level,
         }
         self._device, self._found = device, dict[str, "Distinct | None"]()
+        self._fold: list[Fold | None] = []
         self.count = len(prompt)
 
     def distinct(self, kind: Kind) -> Distinct | None:
@@ -62,21 +75,32 @@ class Rows:
             self._found[kind] = self._find(self._keys[kind])
         return self._found[kind]
 
+    def fold(self) -> Fold | None:
+        """Returns how rows of one prompt come together; None where each has its own."""
+        if not self._fold:
+            self._fold.append(self._find_fold(self._keys["prompt"]))
+        return self._fold[0]
+
     def _find(self, key: Ints) -> Distinct | None:
         _, first, index = np.unique(key, return_index=True, return_inverse=True)
         if len(first) == self.count:
             return None
-        index = index.reshape(-1)
-        counts = np.bincount(index)
-        order, start = np.argsort(index, kind="stable"), np.cumsum(counts) - counts
-        members = [
-            (np.flatnonzero(counts == c), order[start[counts == c][:, None] + np.arange(c)])
-            for c in np.unique(counts)
-        ]
-        put = self._put
-        return Distinct(
-            put(first), put(index), [(put(which), put(rows)) for which, rows in members]
+        return Distinct(self._put(first), self._put(index.reshape(-1)))
+
+    def _find_fold(self, key: Ints) -> Fold | None:
+        _, first, index, counts = np.unique(
+            key, return_index=True, return_inverse=True, return_counts=True
         )
+        if len(first) == self.count:
+            return None
+        by_count = np.lexsort((first, counts))
+        order = np.argsort(np.argsort(by_count)[index.reshape(-1)], kind="stable")
+        sizes, numbers = np.unique(counts, return_counts=True)
+        groups = list(zip(numbers.tolist(), sizes.tolist(), strict=True))
+        chosen = self._put(first[by_count])
+        if np.array_equal(order, np.arange(self.count)):
+            return Fold(chosen, groups, None, None)
+        return Fold(chosen, groups, self._put(order), self._put(np.argsort(order)))
 
     def _put(self, array: Ints) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
@@ -108,9 +132,19 @@ class Sharing:
                 )
             self.modules |= {name: kind for name, _ in hits}
             patched.extend((module, kind) for _, module in hits)
-        self._patched = [module for module, _ in patched]
+        self._undo: list[Callable[[], object]] = []
         for module, kind in patched:
             module.forward = self._shared(module.forward, kind)
+            # a compiled block has its modules' own forwards back already
+            self.on_undo(partial(vars(module).pop, "forward", None))
+        self.patched = [module for module, _ in patched]
+        # where accelerated blocks look for it
+        vars(transformer)["row_sharing"] = self
+        self.on_undo(partial(delattr, transformer, "row_sharing"))
+
+    def on_undo(self, restore: Callable[[], object]) -> None:
+        """Remembers what else `undo` has to call."""
+        self._undo.append(restore)
 
     def _shared(self, forward: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
         def on_distinct_rows(*args: Any, **kwargs: Any) -> Any:
@@ -119,9 +153,15 @@ class Sharing:
             if rows is None or distinct is None:
                 return forward(*args, **kwargs)
 
+            def per_row(value: Any) -> bool:
+                return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows.count
+
+            # a caller that took the distinct rows itself wants no others back
+            if not any(map(per_row, (*args, *kwargs.values()))):
+                return forward(*args, **kwargs)
+
             def take(value: Any) -> Any:
-                per_row = isinstance(value, Tensor) and value.ndim and len(value) == rows.count
-                return value[distinct.first] if per_row else value
+                return value[distinct.first] if per_row(value) else value
 
             out = forward(*map(take, args), **{name: take(v) for name, v in kwargs.items()})
             if isinstance(out, tuple):
@@ -140,7 +180,7 @@ class Sharing:
             self.rows = before
 
     def checkpointed(self, block: nn.Module, *args: Any) -> Any:
-        """Runs a block and keeps its inputs only; the recomputation shares between the same rows."""
+        """Runs a block, keeping its inputs only; recomputation shares between the same rows."""
         rows = self.rows
 
         def run(*inputs: Any) -> Any:
@@ -150,10 +190,9 @@ class Sharing:
         return checkpoint(run, *args, use_reentrant=False)
 
     def undo(self) -> None:
-        """Gives every module its own forward back."""
-        for module in self._patched:
-            del module.forward
-        self._patched.clear()
+        """Gives every module its own forward back, and every attention its processor."""
+        while self._undo:
+            self._undo.pop()()
         self.modules.clear()
 
 
@@ -169,32 +208,31 @@ def fold_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    distinct: Distinct,
+    fold: Fold,
 ) -> Tensor:
     """Attends with all queries of a prompt as one long sequence: keys and values once per prompt.
+
+    Rows that lie prompt after prompt are neither gathered nor scattered; keys never are.
 
     Args:
         attend: (query, key, value, mask) -> out, in the layout (batch, tokens, heads, channels).
         query: (N, S, H, C).
-        key: (U, L, H, C) of the distinct prompts.
+        key: (U, L, H, C) of the prompts, in the order of `fold.first`.
         value: (U, L, H, C).
         mask: (U, 1, 1, L) added to the scores, or None.
-        distinct: of the prompts.
+        fold: of the rows.
 
     Returns:
         (N, S, H, C); every row as it would be alone.
     """
-    if len(distinct.members) == 1 and distinct.members[0][1].shape[0] == 1:
-        rows = distinct.members[0][1]
-        folded = query[rows[0]].flatten(0, 1)[None]
-        out = attend(folded, key, value, mask)
-        return torch.empty_like(query).index_copy(0, rows[0], out.view_as(query))
-    parts, order = [], []
-    for which, rows in distinct.members:
-        folded = query[rows].flatten(1, 2)
-        chosen = None if mask is None else mask[which]
-        out = attend(folded, key[which], value[which], chosen)
-        parts.append(out.reshape(-1, *query.shape[1:]))
-        order.append(rows.reshape(-1))
-    whole = torch.cat(parts)
-    return torch.empty_like(whole).index_copy(0, torch.cat(order), whole)
+    rows = query if fold.order is None else query.index_select(0, fold.order)
+    parts: list[Tensor] = []
+    row = prompt = 0
+    for u, c in fold.groups:
+        own = slice(prompt, prompt + u)
+        long = rows[row : row + u * c].unflatten(0, (u, c)).flatten(1, 2)
+        out = attend(long, key[own], value[own], None if mask is None else mask[own])
+        parts.append(out.reshape(u * c, *query.shape[1:]))
+        row, prompt = row + u * c, prompt + u
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole if fold.back is None else whole.index_select(0, fold.back)

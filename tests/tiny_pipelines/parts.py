@@ -44,14 +44,14 @@ def clip_tokenizer():
     )
 
 
-def clip_encoder(tokenizer, width=16, projection=16):
+def clip_encoder(tokenizer, width=16, projection=16, kind=CLIPTextModelWithProjection):
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
         projection_dim=projection, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return CLIPTextModelWithProjection(config).eval()
+    return kind(config).eval()
 
 
 def t5_tokenizer():

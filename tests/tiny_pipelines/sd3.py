@@ -5,6 +5,12 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from tiny_pipelines import parts
 
 SIZE = {"height": 16, "width": 32}
+OPTIONS = {"max_text_tokens": 24}
+
+
+def call(guidance):
+    """Returns the plain pipeline's arguments."""
+    return {"guidance_scale": guidance, "max_sequence_length": 24}
 
 
 def build(folder):

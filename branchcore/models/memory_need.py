@@ -1,0 +1,212 @@
+"""The byte model of an iteration: what is always there, and what every part of it adds.
+
+It is exact bookkeeping of what trainer, rollout and gradient keep, with measured lines for what
+the model's own calls need. Letters: N rows of a call, M nodes of the plan, D latent elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from branchcore.forest import kept_slots
+from branchcore.model import Model
+from branchcore.models.live_bytes import CallBytes
+from branchcore.plan import Ints, Plan
+from branchcore.prune import balanced_chunks
+from branchcore.recipes.recipe import Recipe
+from branchcore.trainer_config import TrainerConfig
+
+STATE = 4
+"""Bytes of a latent element of a state: fp32."""
+
+
+def check_trained(model: Model) -> None:
+    """Raises ValueError unless some weights are trained."""
+    if not any(p.requires_grad for p in model.module.parameters()):
+        raise ValueError(
+            "plan_memory: model must have trainable weights, got none; "
+            "try add_lora() or train_all()"
+        )
+
+
+class Need(NamedTuple):
+    """What a run needs: what is always there, what calls take, and what the plan keeps."""
+
+    recipe: Recipe
+    config: TrainerConfig
+    fixed: Mapping[str, int]
+    cost: CallBytes
+    elements: int
+    """D."""
+    gradients: int
+    decode_batch: int | None
+    """Images per call of the decoder at most, if the model has a limit of its own."""
+    optimizer_step: int
+    """Bytes of an optimizer step beyond what is always there."""
+
+    @staticmethod
+    def of(model: Model, recipe: Recipe, config: TrainerConfig, cost: CallBytes) -> Need:
+        """Adds up what is always there."""
+        trained = [p for p in model.module.parameters() if p.requires_grad]
+        wide = sum(p.numel() * max(4, p.itemsize) for p in trained)
+        averages = (config.ema_decay is not None) + (recipe.sampler_decay is not None)
+        fixed = {
+            **resident(model),
+            "fp32 masters": sum(4 * p.numel() for p in trained if p.itemsize < 4),
+            "gradients": wide,
+            "moments": 2 * wide,
+            "averages": averages * wide,
+            "way back": 3 * wide if config.fast_steps else 0,
+        }
+        single = max(p.numel() * max(4, p.itemsize) for p in trained)
+        step = wide if trained[0].device.type == "cuda" else single
+        elements = math.prod(model.latent_shape)
+        limit = getattr(model, "decode_batch", None)
+        return Need(recipe, config, fixed, cost, elements, wide, limit, step)
+
+    @property
+    def least_rows(self) -> int:
+        """Nodes that the objective cannot part."""
+        together, plan = self.recipe.objective.together, self.plan(1)
+        if not together:
+            return 1
+        return int(np.bincount(plan.group(together)[plan.trained()]).max(initial=1))
+
+    @property
+    def lags(self) -> bool:
+        """Whether another policy samples, so that nothing can be on the tape."""
+        return self.recipe.sampler_decay is not None
+
+    def plan(self, prompts: int) -> Plan:
+        """Returns a round's plan."""
+        return self.recipe.plan(list(range(prompts)), seed=self.config.seed, iteration=0)
+
+    def phases(self, plan: Plan, rounds: int, rows: int, tape: int) -> dict[str, int]:
+        """Returns the peak bytes of every part of an iteration."""
+        recipe, cost, state = self.recipe, self.cost, STATE * self.elements
+        reference = recipe.objective.kl > 0.0 or recipe.objective.anchor == "reference"
+        slots = int(kept_slots(plan).max()) + 1
+        kept = sum(self.fixed.values()) + rounds * (
+            slots * state * (1 + self.stored) + plan.num_prompts * cost.prompt
+        )
+        wave, on_tape, part = self._waves(plan, rows, tape)
+        leaves = int(plan.leaf.sum())
+        images = leaves * cost.image
+        other = on_tape + images if self.config.overlap_rewards else 0
+        # gradients are there once the first round has left them
+        grown = kept + other - (0 if rounds > 1 else self.gradients)
+        left = _largest_batch(plan, rows, tape)
+        fresh = cost.tape.at(left) + self._beyond(left, reference)
+        taped = on_tape + self._beyond(part, reference)
+        # the noise floor of stored velocities is measured while the tape is there
+        floor = on_tape + (cost.call.at(_first_batch(plan, rows)) if self.stored else 0)
+        beside = (3 + 2 * reference + self.stored) * left * state
+        most = max(fresh, cost.tape_call.at(left), taped, floor)
+        return {
+            "rollout": grown + wave,
+            "decoding": grown
+            + on_tape
+            + leaves * state
+            + images
+            + max(images, cost.decode.at(min(rows, leaves, self.decode_batch or rows))),
+            "gradient": kept + other + beside + most,
+            "optimizer step": kept + self.optimizer_step,
+        }
+
+    @property
+    def stored(self) -> bool:
+        """Whether the rollout's velocities are kept."""
+        later = self.recipe.updates > 1 or self.lags or self.config.fast_steps > 0
+        return later and self.recipe.objective.anchor == "policy"
+
+    def _beyond(self, rows: int, reference: bool) -> int:
+        """Returns what a backward needs beyond its graph, the reference's call included."""
+        return max(self.cost.backward.at(rows), self.cost.call.at(rows) if reference else 0)
+
+    def _waves(self, plan: Plan, rows: int, tape: int) -> tuple[int, int, int]:
+        """Returns the rollout's peak beyond what is kept, its tape, and the rows of its largest."""
+        cost, state = self.cost, STATE * self.elements
+        peak = on_tape = before = part = 0
+        for lo, hi, children, calls in rollout_calls(plan, rows, tape):
+            width = hi - lo
+            x = width * state * (2 if plan.history[lo:hi].any() else 1)
+            whole = len(calls) == 1 and calls[0][0] == width
+            v = 0 if whole or not calls else width * cost.velocity
+            for count, taped in calls:
+                size = (cost.tape_call if taped else cost.call).at(count)
+                peak = max(peak, before + x + v + on_tape + size)
+                on_tape += cost.tape.at(count) if taped else 0
+                part = max(part, count if taped else 0)
+            before = width * cost.velocity if calls else 0
+            peak = max(peak, on_tape + x + before + children * state)
+        return peak, on_tape, part
+
+
+class Level(NamedTuple):
+    """A wave: its rows of the plan, and the calls that the rollout makes for it."""
+
+    lo: int
+    hi: int
+    children: int
+    calls: list[tuple[int, bool]]
+    """(rows, whether on the tape)."""
+
+
+def trained_nodes(plan: Plan) -> Ints:
+    """Returns the nodes of the first update that can be on the tape, in plan order."""
+    nodes = plan.action[plan.trained(0)]
+    return np.unique(nodes[plan.evaluated[nodes]])
+
+
+def rollout_calls(plan: Plan, rows: int, tape: int) -> list[Level]:
+    """Returns every wave with the calls that the rollout makes for it."""
+    taped = np.zeros(len(plan), dtype=bool)
+    taped[trained_nodes(plan)[:tape]] = True
+    levels: list[Level] = []
+    for lo, hi in plan.levels():
+        calls: list[tuple[int, bool]] = []
+        for on_tape in (False, True):
+            count = int((plan.evaluated[lo:hi] & (taped[lo:hi] == on_tape)).sum())
+            calls += [(last - first, on_tape) for first, last in balanced_chunks(count, rows)]
+        children = int(plan.child_start[hi] - plan.child_start[lo])
+        levels.append(Level(lo, hi, children, calls))
+    return levels
+
+
+def _first_batch(plan: Plan, rows: int) -> int:
+    """Returns the rows of the first micro-batch with stored velocities."""
+    edges = plan.trained(1 if plan.num_updates > 1 else 0)
+    lo, hi = balanced_chunks(len(np.unique(plan.action[edges])), rows)[0]
+    return hi - lo
+
+
+def _largest_batch(plan: Plan, rows: int, tape: int) -> int:
+    """Returns the most rows of a micro-batch that is on no tape."""
+    largest, taped = 0, trained_nodes(plan)[:tape]
+    for update in range(plan.num_updates):
+        nodes = np.unique(plan.action[plan.trained(update)])
+        left = len(nodes) if update else len(np.setdiff1d(nodes, taped))
+        largest = max([largest, *(hi - lo for lo, hi in balanced_chunks(left, rows))])
+    return largest
+
+
+def resident(model: Any) -> dict[str, int]:
+    """Returns the bytes of a model's modules by name, shared weights counted once."""
+    named: dict[str, Any] = {"transformer": model.module}
+    pipe = getattr(model, "pipe", None)
+    for name, part in {} if pipe is None else pipe.components.items():
+        named.setdefault(name, part)
+    named |= {"vae": getattr(model, "vae", None), "reference": getattr(model, "frozen", None)}
+    seen: set[int] = set()
+    sizes: dict[str, int] = {}
+    for name, part in named.items():
+        if isinstance(part, nn.Module):
+            own = {id(t): t.nbytes for t in (*part.parameters(), *part.buffers())}
+            sizes[name] = sum(size for key, size in own.items() if key not in seen)
+            seen |= set(own)
+    return sizes
