@@ -27,6 +27,7 @@ from branchcore.forest import Forest
 from branchcore.gradient import Statistics, gradient
 from branchcore.guidance import RewardGuided
 from branchcore.model import Model, VelocityModel
+from branchcore.models.accelerate import accelerate
 from branchcore.noise import Noise
 from branchcore.objective import ClippedRatio, MaskedRatio, Objective
 from branchcore.plan import Plan
@@ -57,6 +58,7 @@ __all__ = [
     "TrainerConfig",
     "Tree",
     "VelocityModel",
+    "accelerate",
     "accumulate",
     "collect",
     "credit",

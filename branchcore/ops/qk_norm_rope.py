@@ -190,7 +190,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    states, weights, tables = (ctx.saved_tensors[i : i + 2] for i in (0, 2, 4))
+    saved = ctx.saved_tensors  # a checkpointed block unpacks them once only
+    states, weights, tables = (saved[i : i + 2] for i in (0, 2, 4))
     found: list[Tensor | None] = [None] * 8
     for i, grad_BSHD in enumerate(grads):
         # a frozen weight, as under LoRA, costs no partial sums
