@@ -6,11 +6,13 @@ A foreign trainer calls these alone; `trainer.Trainer` is the shortest complete 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from branchcore.credit import EdgeCredit, Floats
 from branchcore.forest import Forest
@@ -21,8 +23,26 @@ from branchcore.objective import ClippedRatio
 from branchcore.plan import Ints, Plan
 from branchcore.prune import check_groups
 from branchcore.recipes.recipe import Recipe
-from branchcore.rewards import Reward, Scores, component_weights, score
+from branchcore.rewards import (
+    Reward,
+    Scores,
+    Scoring,
+    component_weights,
+    score,
+    score_async,
+)
 from branchcore.rollout import rollout
+
+
+class Grown(NamedTuple):
+    """Trees that are grown and decoded, not yet scored."""
+
+    forest: Forest
+    model: VelocityModel
+    images: Tensor
+    """(L, ...) decoded leaves."""
+    prompts: list[str]
+    """(L,) prompt of every leaf."""
 
 
 class Batch(NamedTuple):
@@ -94,6 +114,42 @@ def collect(
         RuntimeError, ValueError, TypeError: the reward failed.
         FloatingPointError: the model returned NaN or Inf.
     """
+    grown = grow(
+        plan,
+        model,
+        recipe,
+        prompts,
+        uids,
+        seed=seed,
+        iteration=iteration,
+        tape=tape,
+        max_batch=max_batch,
+        keep_velocity=keep_velocity,
+        device=device,
+    )
+    scores = score(reward, grown.images, grown.prompts)
+    return finish(grown, scores, recipe, iteration=iteration, reward_weights=reward_weights)
+
+
+def grow(
+    plan: Plan,
+    model: Model,
+    recipe: Recipe,
+    prompts: Sequence[str],
+    uids: Sequence[int],
+    *,
+    seed: int,
+    iteration: int,
+    tape: int | None = None,
+    max_batch: int | None = None,
+    keep_velocity: bool | None = None,
+    device: torch.device | str = "cpu",
+) -> Grown:
+    """Grows and decodes the trees of some prompts: the first part of `collect`, which has the rest.
+
+    Raises:
+        FloatingPointError: the model returned NaN or Inf.
+    """
     check_groups(plan, recipe.objective.together, max_batch)
     view = model.with_prompts(prompts)
     forest = rollout(
@@ -111,12 +167,65 @@ def collect(
         latents = forest.leaves.view(-1, *model.latent_shape)
         images = torch.cat([model.decode(x) for x in latents.split(max_batch or len(latents))])
     texts = [str(prompts[int(i)]) for i in plan.prompt[plan.leaf]]
-    scores = score(reward, images, texts)
+    return Grown(forest, view, images, texts)
+
+
+def finish(
+    grown: Grown,
+    scores: Scores,
+    recipe: Recipe,
+    *,
+    iteration: int,
+    reward_weights: Mapping[str, float] | None = None,
+) -> Batch:
+    """Turns scores of grown trees into edge advantages and weights: the last part of `collect`."""
+    plan = grown.forest.plan
     weights = component_weights(scores.names, reward_weights)
-    log_prob = forest.log_prob.double().cpu().numpy()
+    log_prob = grown.forest.log_prob.double().cpu().numpy()
     credit = recipe.credit(plan, scores.values, weights, log_prob)
     weight = recipe.prune(plan, credit.value, iteration)
-    return Batch(forest, view, scores, credit, weight)
+    return Batch(grown.forest, grown.model, scores, credit, weight)
+
+
+def score_rounds(
+    rounds: Iterable[Grown],
+    reward: Reward,
+    finish_round: Callable[[Grown, Scores], Batch],
+    *,
+    overlap: bool,
+) -> Generator[Batch]:
+    """Scores rounds one after the other, with the same scores whether overlapped or not.
+
+    Args:
+        rounds: grows the next round when asked for it.
+        reward: scores all leaves of a round at once; never called twice at a time.
+        finish_round: `finish`, with all but its first two arguments.
+        overlap: score in a thread, while the next round is grown and the batch of the one before is
+            used: two rounds are alive at a time. Close the iterator to wait for that thread.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: the reward failed; no thread is left.
+    """
+    if not overlap:
+        for grown in rounds:
+            batch = finish_round(grown, score(reward, grown.images, grown.prompts))
+            del grown  # images are not to live as long as the batch is used
+            yield batch
+        return
+    last: tuple[Grown, Scoring] | None = None
+    with ExitStack() as threads:
+        for grown in rounds:
+            scores = None if last is None else last[1].result()
+            scoring = threads.enter_context(score_async(reward, grown.images, grown.prompts))
+            batch = None if last is None or scores is None else finish_round(last[0], scores)
+            last = grown, scoring
+            del grown
+            if batch is not None:
+                yield batch
+        if last is not None:
+            batch = finish_round(last[0], last[1].result())
+            del last
+            yield batch
 
 
 def accumulate(

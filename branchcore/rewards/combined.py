@@ -1,0 +1,50 @@
+"""Several rewards as one: a mapping of names to rewards is a reward itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from branchcore.rewards.scores import Reward
+
+
+class Rewards:
+    """Calls several rewards, one after the other, on the same images.
+
+    A reward with one component gives it under the reward's name here; one with several gives
+    `name/component` each. Weights are not kept here: they are
+    `TrainerConfig(reward_weights={"hps": 0.7, "clip": 1.4})`, or the array that a recipe's credit
+    takes, because recipes differ in what they weight (rewards, advantages or losses).
+
+    Args:
+        rewards: by name.
+
+    Raises:
+        ValueError: there is none, or a name contains '/'.
+    """
+
+    def __init__(self, rewards: Mapping[str, Reward]) -> None:
+        self.rewards = dict(rewards)
+        if not self.rewards or any(not name or "/" in name for name in self.rewards):
+            raise ValueError(
+                f"Rewards: rewards must have names without '/', got {list(self.rewards)}"
+            )
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        """Returns the components of all rewards.
+
+        Raises:
+            TypeError: a reward returned something else than a mapping with components.
+        """
+        result: dict[str, Tensor] = {}
+        for name, reward in self.rewards.items():
+            part = reward(images, prompts)
+            if not isinstance(part, Mapping) or not part:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(
+                    f"Rewards: {name} must return a mapping of components, "
+                    f"got {type(part).__name__}"
+                )
+            single = len(part) == 1
+            result |= {name if single else f"{name}/{k}": value for k, value in part.items()}
+        return result

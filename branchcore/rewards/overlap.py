@@ -1,0 +1,54 @@
+"""Scores in a thread of its own, while the caller does other work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from branchcore.rewards.scores import Reward, Scores, score
+
+
+class Scoring:
+    """Scores on their way; leaving its block waits for the thread, whatever happened there."""
+
+    def __init__(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="branchcore-reward")
+        if torch.cuda.is_initialized():
+            # A new thread starts on the first GPU, whatever this one has chosen.
+            self._executor.submit(torch.cuda.set_device, torch.cuda.current_device())
+        self._future = self._executor.submit(score, reward, images, prompts)
+
+    def result(self) -> Scores:
+        """Waits for the thread to end and returns what `score` does, or raises what it raises."""
+        self._executor.shutdown()
+        return self._future.result()
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._executor.shutdown()
+
+
+def score_async(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scoring:
+    """Starts `score(reward, images, prompts)`; the same scores come from `.result()`.
+
+    A reward is not called by two threads at once as long as the caller takes one result before it
+    starts the next scoring. Work of a scorer on the model's own GPU shares its queue with the
+    model's: what is gained there is the host's part; put the scorer on another device for all.
+
+    Args:
+        reward: the user's callable.
+        images: (L, ...) decoded leaves; not to be changed before the result is taken.
+        prompts: (L,) prompt of every image.
+    """
+    return Scoring(reward, images, prompts)
