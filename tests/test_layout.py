@@ -23,14 +23,16 @@ LAYERS = [
         "metrics",
         "checkpoint",
         "ema",
+        "masters",
         "run_folder",
         "trainer",
         "trainer_config",
         "plots",
+        "prompt_files",
         "report",
         "slow_fast",
     },
-    {"models", "hosts", "_machine", "doctor", "cli", "__main__"},
+    {"models", "hosts", "examples", "_machine", "doctor", "model_commands", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
@@ -63,6 +65,8 @@ def test_imports_point_down(path):
     name = layer_name(path)
     assert name in LEVEL, f"{path} has no layer: name it in LAYERS"
     for other in own_modules(path):
+        if name == "examples" and other == "":
+            continue  # import branchcore as bc, as users do
         assert other in LEVEL, f"{path} imports branchcore.{other}, which has no layer"
         assert LEVEL[other] <= LEVEL[name], f"{path} imports branchcore.{other} from above"
 
@@ -73,7 +77,8 @@ def test_optional_packages_stay_in_their_place(path):
         package = module.split(".")[0]
         assert package != "kernels", "always branchcore.kernels"
         if package in ("diffusers", "transformers", "peft", "sklearn"):
-            assert layer_name(path) == "models", f"{path} imports {package}"
+            places = ("models", "rewards") if package == "transformers" else ("models",)
+            assert layer_name(path) in places, f"{path} imports {package}"
         if package == "matplotlib":
             assert path.stem in ("plots", "pictures"), f"{path} imports matplotlib"
 

@@ -1,6 +1,7 @@
 """README tells the truth: its code runs, its commands and files exist, its tables are current."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,18 @@ import torch
 from formulas import published_gradient, shake
 
 from branchcore import recipes, schedule
-from branchcore.cli import main
+from branchcore.cli import _parser, main
 from branchcore.gradient import gradient
+from branchcore.models import FAMILIES
 from branchcore.rollout import rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+REAL, FOREIGN, METHOD = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_code_block_is_a_whole_iteration(toy):
     model = toy(torch.float32)
-    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     before = [p.detach().clone() for p in model.module.parameters()]
     names = {
         "model": model,
@@ -33,7 +35,7 @@ def test_the_code_block_is_a_whole_iteration(toy):
         "decode": lambda leaves: leaves,
         "reward_weights": np.ones(1),
     }
-    exec(code, names)
+    exec(FOREIGN, names)
     after = list(model.module.parameters())
     assert all((a != b).any() for a, b in zip(after, before, strict=True))
     assert len(names["texts"]) == 32
@@ -42,13 +44,12 @@ def test_the_code_block_is_a_whole_iteration(toy):
 @pytest.fixture
 def added(tmp_path, monkeypatch):
     """README's example as a new file of the recipes folder, and nothing else changed."""
-    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "random_forks.py").write_text(code)
+    (tmp_path / "random_forks.py").write_text(METHOD)
     monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
     builders, presets = recipes._discover()
     monkeypatch.setattr(recipes, "RECIPES", builders)
     monkeypatch.setattr(recipes, "PRESETS", presets)
-    yield code
+    yield METHOD
     sys.modules.pop("branchcore.recipes.random_forks", None)
 
 
@@ -71,6 +72,42 @@ def test_a_new_method_is_one_file_of_about_thirty_lines(added, toy, capsys):
     assert float((model.gradient() - exact).norm() / exact.norm()) <= 1e-12
     main(["plan", "random_forks", "--leaves", "8"])
     assert "random_forks" in capsys.readouterr().out
+
+
+def test_the_real_model_is_trained_and_sampled(tiny_folder, tmp_path):
+    pytest.importorskip("peft")
+    changed = {
+        'height=512, width=512, guidance=4.5, device="cuda"': "height=16, width=32, "
+        "max_text_tokens=24, dtype=torch.float32",
+        '["pickscore=/models/pickscore", "jpeg"], device="cuda"': '["jpeg"]',
+        "iterations=100, prompts_per_iteration=8": "iterations=1, prompts_per_iteration=2",
+        "sigmas(10)": "sigmas(3)",
+        "steps=28": "steps=2",
+    }
+    code = REAL
+    for old, new in changed.items():
+        assert old in code
+        code = code.replace(old, new)
+    names = {"torch": torch, "path": tiny_folder("sd3"), "prompts": ["a cat", "a dog"]}
+    exec(code, names | {"out": tmp_path / "run"}, found := {})
+    assert found["images"].shape == (2, 4, 3, 16, 32)
+    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_every_family_is_in_the_table():
+    table = README.split("## Real models")[1].split("## Inside your own trainer")[0]
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", table, re.MULTILINE)
+    assert [name for name, _ in rows] == list(FAMILIES)
+    assert all("" not in [cell.strip() for cell in cells.split("|")] for _, cells in rows)
+
+
+def test_commands_have_the_options_they_are_shown_with():
+    text = README.replace("\\\n", " ")
+    commands = re.findall(r"^    python -m branchcore (.+)$", text, re.MULTILINE)
+    assert len(commands) > 7
+    for command in commands:
+        args = _parser().parse_args(shlex.split(command, comments=True))
+        assert args.command == command.split()[0]
 
 
 def test_every_recipe_is_in_the_table():

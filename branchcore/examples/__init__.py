@@ -1,0 +1,4 @@
+"""Whole training scripts for the families of real models, one file each.
+
+python -m branchcore.examples.train_sd3 /models/stable-diffusion-3.5-medium runs/red
+"""
