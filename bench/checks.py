@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from float64 import float64_throughout
 from plans import BASES, PLANS, RECIPES, REFERENCE, Run
 from plans.exact import exact
 from plans.task import Clock, Outcome
@@ -67,7 +69,14 @@ class Counting:
         return self
 
     def velocity(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
-        v = self.view.velocity(x, sigma, prompt)
+        return self._counted(self.view.velocity, x, sigma, prompt)
+
+    def released_velocity(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        released = getattr(self.view, "released_velocity", self.view.velocity)
+        return self._counted(released, x, sigma, prompt)
+
+    def _counted(self, call: Any, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        v = call(x, sigma, prompt)
         self.rows[self.clock.stage] += len(x)
         if v.requires_grad:
             rows = zip(x.detach().cpu().numpy(), sigma.tolist(), prompt.tolist(), strict=True)
@@ -133,7 +142,8 @@ def run_checks(load: Workload, names: Sequence[str]) -> list[Check]:
         model = load.model(PROMPTS[dtype], dtype)
         for recipe in RECIPES:
             if any(PLANS[name].recipe == recipe for name in names):
-                checks += _recipe_checks(recipe, load, names, model, dtype)
+                with float64_throughout() if dtype == torch.float64 else nullcontext():
+                    checks += _recipe_checks(recipe, load, names, model, dtype)
     return sorted(checks, key=lambda check: check.kind[0])
 
 

@@ -237,8 +237,11 @@ def checklist(out: Path, device: str) -> Step:
 
 
 def tree(out: Path, on_gpu: bool) -> Step:
+    """SD3.5-M itself where diffusers and peft are installed, else a plain model of its shapes."""
     result = out / "tree_throughput.json"
     which = ["--device", "cuda"]
+    if all(find_spec(package) for package in ("diffusers", "peft")):
+        which += ["--model", "sd35m512"]
     if not on_gpu:
         which = ["--device", "cpu", "--model", "mmdit-small", "--leaves", "12", "--steps", "7"]
         which += ["--plans", "branch,exact:branch,steel:branch,engine"]

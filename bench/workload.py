@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from families import FAMILIES, FamilyModel
 from mmdit import SD35M, SMALL, MMDiTConfig, MMDiTModel
 from plans import RECIPES
 from plans.task import Task
@@ -22,7 +23,12 @@ from branchcore.models.digits.model import build_transformer, transformer_veloci
 from branchcore.recipes.branching import scaled_splits
 
 FACTORS = {12: (2, 2, 3), 16: (2, 2, 2, 2), 24: (2, 2, 2, 3), 81: (3, 3, 3, 3)}
-MODELS = ("auto", "digits", "tiny", "sd35m-shape", "mmdit-small")
+SMALL_FAMILIES = {f"{name}-small": name for name in FAMILIES}
+MODELS = (
+    *("auto", "digits", "tiny", "sd35m-shape", "mmdit-small"),
+    *FAMILIES,
+    *SMALL_FAMILIES,
+)
 ETA = {"engine": 0.7}
 RELEASED_ETA = 0.3
 SHIFT = 3.0
@@ -103,7 +109,7 @@ def linear_reward(images: Tensor, _prompts: Sequence[str]) -> dict[str, Tensor]:
     """Scores images with a fixed random pattern, in their own dtype: what the checks use."""
     generator = torch.Generator().manual_seed(1)
     pattern = torch.randn(images.shape[1:], generator=generator).to(images)
-    return {"reward": (images * pattern).mean((1, 2))}
+    return {"reward": (images * pattern).flatten(1).mean(1)}
 
 
 def digits_reward(device: torch.device) -> Reward:
@@ -133,10 +139,14 @@ class Workload(NamedTuple):
     @property
     def timed_dtype(self) -> torch.dtype:
         """What weights are in when they are timed."""
+        if self.model_name in FAMILIES:
+            return torch.bfloat16
         shape = SHAPES.get(self.model_name)
         return torch.float32 if shape is None else shape.dtype
 
     def timed_model(self, num_prompts: int) -> Model:
+        if self.model_name in FAMILIES:
+            return FamilyModel(self.model_name, self.device, self.timed_dtype)
         shape = SHAPES.get(self.model_name)
         if shape is None:
             return self.model(num_prompts, torch.float32)
@@ -146,6 +156,9 @@ class Workload(NamedTuple):
         """Builds the model that is checked: the timed one, or a small one of its class."""
         if self.model_name in SHAPES:
             return MMDiTModel(SMALL, num_prompts, self.device, dtype)
+        family = SMALL_FAMILIES.get(self.model_name, self.model_name)
+        if family in FAMILIES:
+            return FamilyModel(family, self.device, dtype, full=False)
         chosen = PROMPTS[:num_prompts]
         model = load_digits_model() if self.model_name == "digits" else Tiny(chosen)
         # it warns at every cast; set now that it is imported, since its import resets the level
@@ -226,5 +239,6 @@ def workload(model_name: str, leaves: int, steps: int, device: torch.device) -> 
     built = {name: recipes.build(RECIPES[name], sigmas, **options[name]) for name in RECIPES}
     default = "sd35m-shape" if device.type == "cuda" else "digits"
     name = default if model_name == "auto" else model_name
-    max_batch = SHAPES[name].max_batch if name in SHAPES else None
+    limited = {**SHAPES, **FAMILIES}
+    max_batch = limited[name].max_batch if name in limited else None
     return Workload(name, leaves, steps, splits, device, built, max_batch)

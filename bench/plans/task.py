@@ -110,10 +110,11 @@ class Task:
         return self.velocity_at(plan.sigma[rows], plan.prompt[rows], x)
 
     def velocity_at(self, sigma: np.ndarray, prompt: np.ndarray, x: Tensor) -> Tensor:
-        """Calls the model at x (n, *latent_shape), whatever a plan says."""
+        """Calls the model at x (n, *latent_shape), whatever a plan says, as the release does."""
         levels = torch.tensor(sigma, dtype=self.dtype, device=self.device)
         index = torch.tensor(prompt, dtype=torch.int64, device=self.device)
-        return self.view.velocity(x, levels, index)
+        released = getattr(self.view, "released_velocity", self.view.velocity)
+        return released(x, levels, index)
 
     def score(self, clock: Clock, plan: Plan, rows: np.ndarray, x: Tensor) -> Tensor:
         """Decodes and scores leaves in one batch, (n,) rewards."""
