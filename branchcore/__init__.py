@@ -20,7 +20,18 @@ if (
         __path__.append(_root)
     __path__ = _pkgutil.extend_path(__path__, __name__)
 
-from branchcore import credit, matching, ops, passes, prune, recipes, schedule, steps
+from branchcore import (
+    credit,
+    matching,
+    ops,
+    packing,
+    passes,
+    prune,
+    recipes,
+    schedule,
+    steps,
+    unbiased,
+)
 from branchcore._dispatch import explain, use
 from branchcore.drawing import draw
 from branchcore.forest import Forest
@@ -31,6 +42,8 @@ from branchcore.models.accelerate import accelerate
 from branchcore.noise import Noise
 from branchcore.objective import ClippedRatio, MaskedRatio, Objective
 from branchcore.plan import Plan
+from branchcore.pruning import Pruning
+from branchcore.pruning_config import PruningConfig
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Scores, score
 from branchcore.rollout import rollout
@@ -50,6 +63,8 @@ __all__ = [
     "Noise",
     "Objective",
     "Plan",
+    "Pruning",
+    "PruningConfig",
     "Recipe",
     "RewardGuided",
     "Scores",
@@ -67,6 +82,7 @@ __all__ = [
     "gradient",
     "matching",
     "ops",
+    "packing",
     "passes",
     "prune",
     "recipes",
@@ -74,5 +90,6 @@ __all__ = [
     "schedule",
     "score",
     "steps",
+    "unbiased",
     "use",
 ]

@@ -25,16 +25,16 @@ _ops: dict[str, tuple[str, ...]] = {}
 _forced: str | None = None
 
 
-def _load_native() -> tuple[str, ModuleType | None, ModuleType | None]:
+def _load_native() -> tuple[ModuleType | None, str, ModuleType | None, ModuleType | None]:
     """Import the kernels for this CPU's instruction set and for CUDA, as far as they are built."""
     if importlib.util.find_spec("branchcore._C") is None:
-        return "none", None, None
+        return None, "none", None, None
     module = importlib.import_module("branchcore._C")
     isa: str = module.best_isa()
-    return isa, getattr(module, isa), getattr(module, "cuda", None)
+    return module, isa, getattr(module, isa), getattr(module, "cuda", None)
 
 
-ISA, _native, _cuda = _load_native()
+_module, ISA, _native, _cuda = _load_native()
 # Where CUDA kernels run; a test that emulates them on the host changes it.
 cuda_device = "cuda"
 
@@ -57,6 +57,11 @@ def cuda() -> ModuleType:
             "try BRANCHCORE_CUDA=ON pip install ."
         )
     return _cuda
+
+
+def host() -> ModuleType | None:
+    """Give what is compiled for host integers; None unbuilt, or with the reference forced."""
+    return None if _forced == "reference" else _module
 
 
 def triton_kernels(op: str) -> ModuleType:

@@ -14,6 +14,7 @@ import torch
 from branchcore import doctor, recipes
 from branchcore._dispatch import explain
 from branchcore.model_commands import sample_options, settings, train_options
+from branchcore.pruning_config import PruningConfig
 from branchcore.report import plan_report
 from branchcore.schedule import shifted_linear
 
@@ -78,6 +79,7 @@ def _doctor(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     known = recipes.options_of(args.recipe)
     options, fields = settings(args.set, args.recipe)
+    pruning = fields.pop("prune", PruningConfig())
     if fields:
         raise ValueError(f"--set must name options from {tuple(known)}, got {sorted(fields)}")
     given = {"steps": args.steps, "shift": args.shift}
@@ -98,4 +100,4 @@ def _plan(args: argparse.Namespace) -> None:
     recipe = recipes.build(args.recipe, sigmas, **options)
     print(f"{args.recipe}, T = {len(sigmas) - 1}, {options or 'defaults'}\n")
     where = {"seed": args.seed, "iteration": args.iteration, "uid": args.prompt}
-    print(plan_report(recipe, sigmas, **where))
+    print(plan_report(recipe, sigmas, pruning, **where))

@@ -14,11 +14,11 @@ from torch import Tensor
 from branchcore import ops
 from branchcore.credit import Floats
 from branchcore.forest import Forest, upload
-from branchcore.model import VelocityModel, call_velocity
+from branchcore.model import VelocityModel, call_velocity, token_budget
 from branchcore.noise import Noise
 from branchcore.objective import ClippedRatio, Edges, Objective
+from branchcore.packing import MicroBatch, pack_parents
 from branchcore.plan import Ints, Plan
-from branchcore.prune import MicroBatch, pack_parents
 from branchcore.reference import RatioStats
 
 Anchor = Literal["auto", "detach", "rollout"]
@@ -83,6 +83,7 @@ def gradient(
     update: int = 0,
     anchor: Anchor = "auto",
     max_batch: int | None = None,
+    max_tokens: int | None = None,
     num_planned: int | None = None,
 ) -> Statistics:
     """Adds the objective's gradient of one optimizer update to the model's parameters.
@@ -101,6 +102,8 @@ def gradient(
             (ratio exactly 1; right before any update), "rollout" the stored one; "auto" is detach
             for update 0 and rollout later. Objectives without an old policy ignore it.
         max_batch: parents of a model call at most.
+        max_tokens: tokens of a model call at most, for models that count them (`CountsTokens`):
+            parents of all trees and steps are packed densely. The tape's calls are made already.
         num_planned: the normaliser; None = planned trained edges of this update in this plan.
             Over several rounds or ranks: their sum.
 
@@ -131,7 +134,8 @@ def gradient(
     tape = [part.velocity for part in forest.tape] if update == 0 else []
     parts = [part.nodes for part in forest.tape] if update == 0 else []
     together = plan.group(objective.together) if objective.together else None
-    batches = pack_parents(plan, edges, max_batch, parts, together)
+    budget = token_budget(model, plan.prompt, max_tokens)
+    batches = pack_parents(plan, edges, max_batch, parts, together, budget)
     terms = _terms(forest, batches, advantage_M2, weight_M / max(planned, 1), objective)
     total = Statistics.zero(forest.x.device)
     for batch, term in zip(batches, terms, strict=True):

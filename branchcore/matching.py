@@ -109,6 +109,10 @@ class AdvantageMatching(Matching):
         factor = {"uniform": t**0, "t": t, "t2": t**2, "ghuber": t / power}[self.weighting]
         return np.concatenate([np.full_like(t, power), factor], axis=1)
 
+    def slope(self, plan: Plan, edges: Ints) -> Floats:
+        """Returns (E,) power times factor: what multiplies the miss, taken as equal everywhere."""
+        return self.numbers(plan, edges).prod(1)
+
     def loss(self, v_ND: Tensor, v_old_ND: Tensor | None, edges: Edges) -> RatioLoss:
         """Returns the clipped loss of the matching log-ratio."""
         p_E, q_E, m_E, *_ = self.misses(v_ND, v_old_ND, edges)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from branchcore.credit import Floats
+from branchcore.packing import TokenBudget
+from branchcore.plan import Ints
 
 
 class VelocityModel(Protocol):
@@ -41,6 +43,19 @@ class VelocityModel(Protocol):
         ...
 
 
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A `VelocityModel` that says how long its rows are, which `gradient(max_tokens=)` asks."""
+
+    variable_length: bool
+    """Whether a call takes rows of different length without padding: it costs the sum of its rows.
+    Otherwise only rows of one length share a call when calls are filled by tokens."""
+
+    def row_tokens(self, prompt: Ints) -> Ints:
+        """Returns (N,) int64 tokens, at least 1, of rows with these (N,) prompt indices."""
+        ...
+
+
 class Model(Protocol):
     """What the trainer drives."""
 
@@ -54,6 +69,37 @@ class Model(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Returns images (L, ...) of latents (L, *latent_shape) at sigma 0."""
         ...
+
+
+def token_budget(
+    model: VelocityModel, prompt: NDArray[np.integer], max_tokens: int | None
+) -> TokenBudget | None:
+    """Asks the model how long rows are; None where calls are not filled by tokens.
+
+    Args:
+        model: the policy.
+        prompt: (M,) prompt indices of a plan's rows.
+        max_tokens: of a call; None = no budget.
+
+    Raises:
+        TypeError: the model does not count tokens.
+        ValueError: its count has another shape, or is no positive integer.
+        NotImplementedError: see the model.
+    """
+    if max_tokens is None:
+        return None
+    if not isinstance(model, CountsTokens):
+        raise TypeError(
+            "gradient: model must have row_tokens and variable_length for max_tokens, got "
+            f"{type(model).__name__}; try max_batch"
+        )
+    tokens = np.asarray(model.row_tokens(prompt.astype(np.int64)))
+    if tokens.shape != prompt.shape or tokens.dtype.kind not in "iu" or (tokens < 1).any():
+        raise ValueError(
+            f"row_tokens: result must be {prompt.shape} integers, at least 1, got {tokens.shape} "
+            f"{tokens.dtype} from {tokens.min(initial=1)}"
+        )
+    return TokenBudget(tokens.astype(np.int64), max_tokens, model.variable_length)
 
 
 def call_velocity(

@@ -14,6 +14,7 @@ from branchcore import recipes
 from branchcore.drawing import draw
 from branchcore.models import task as tasks
 from branchcore.plots import curves
+from branchcore.pruning_config import PruningConfig
 from branchcore.run_folder import check_free
 from branchcore.trainer import Metrics, Trainer
 from branchcore.trainer_config import TrainerConfig
@@ -122,9 +123,11 @@ def flags_of(args: argparse.Namespace) -> dict[str, Any]:
 def settings(texts: Sequence[str], recipe: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits NAME=VALUE texts into options of the recipe and fields of `TrainerConfig`.
 
-    Values are JSON; what is not JSON is taken as a string.
+    Values are JSON; what is not JSON is taken as a string. `prune` is the rule of a
+    `PruningConfig`, `prune_rate` its rate, and so on; together they make the field `prune`.
     """
-    fields = {f.name for f in dataclasses.fields(TrainerConfig)}
+    pruning = {"prune_" + f.name for f in dataclasses.fields(PruningConfig) if f.name != "rule"}
+    fields = {f.name for f in dataclasses.fields(TrainerConfig)} | pruning
     options = set(recipes.options_of(recipe))
     chosen: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for text in texts:
@@ -139,6 +142,11 @@ def settings(texts: Sequence[str], recipe: str) -> tuple[dict[str, Any], dict[st
         except json.JSONDecodeError:
             parsed = value
         chosen[0 if name in options else 1][name] = parsed
+    of_pruning = {k: chosen[1].pop(k) for k in list(chosen[1]) if k in pruning | {"prune"}}
+    if of_pruning:
+        rule = of_pruning.pop("prune", "none")
+        named = {name.removeprefix("prune_"): value for name, value in of_pruning.items()}
+        chosen[1]["prune"] = PruningConfig(rule=rule, **named)
     return chosen
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-LATENT, RECIPE, SHARED = 0, 1, 2
+LATENT, RECIPE, SHARED, PRUNING = 0, 1, 2, 3
 NO_STREAM = -1
 
 
@@ -31,7 +31,7 @@ class Noise(NamedTuple):
 
 
 def host_generator(
-    seed: int, iteration: int, uid: int, purpose: int = RECIPE
+    seed: int, iteration: int, uid: int, purpose: int = RECIPE, *, lane: int = 0
 ) -> np.random.Generator:
     """Make the host's random numbers of one prompt and iteration, a pure function of its arguments.
 
@@ -40,7 +40,8 @@ def host_generator(
         iteration: training iteration.
         uid: global sample position of the prompt, the same on any number of ranks.
         purpose: what the numbers are for; RECIPE = a prompt's windows and random subsets, prompt
-            order; SHARED = what all prompts of an iteration agree on.
+            order; SHARED = what all prompts of an iteration agree on; PRUNING = coins.
+        lane: one of the purpose's independent streams; lane 0 of PRUNING is about the prompt.
 
     Source: numpy's Philox4x64-10; its stream is unrelated to the latents' Philox4x32-10.
     """
@@ -48,5 +49,5 @@ def host_generator(
         if not 0 <= word < 2**32:
             raise ValueError(f"host_generator: {name} must be in [0, 2**32), got {word}")
     return np.random.Generator(
-        np.random.Philox(key=[seed, iteration], counter=[0, purpose, 0, uid])
+        np.random.Philox(key=[seed, iteration], counter=[0, purpose, lane, uid])
     )

@@ -100,6 +100,14 @@ class Objective(ABC):
             edges: their trained edges.
         """
 
+    def slope(self, plan: Plan, edges: Ints) -> Floats:
+        """Returns (E,) size of dL/dv per advantage on policy, up to one factor, as rows tell it.
+
+        1 for objectives whose rows do not tell.
+        """
+        del plan
+        return np.ones(len(edges))
+
     def kl_factor(self, row_E4: Floats, dt_E: Floats) -> Floats:
         """Returns (E,) factors of q(v, v_ref), `kl` included."""
         b, s = row_E4[:, 1], row_E4[:, 3]
@@ -149,6 +157,10 @@ class ClippedRatio(Objective):
         if self.ratio == "cps":
             return np.stack([2.0 * s * b, b**2], axis=1)
         return np.stack([b / s, (b / s) ** 2 / 2.0], axis=1)
+
+    def slope(self, plan: Plan, edges: Ints) -> Floats:
+        """Returns (E,) lin: dL/dv = -A lin eps on policy."""
+        return self.exponent(plan.row[edges])[:, 0]
 
     def numbers(self, plan: Plan, edges: Ints) -> Floats:
         """Returns (E, 2) (lin, quad) of the log ratio."""

@@ -1,15 +1,14 @@
-"""Edge weights that select what the backward pays for, and the packing of what is left.
+"""Edge weights that select what the backward pays for.
 
 A pruner returns (M,) float64 weights: 0 = dropped, 1 = kept. Pruning comes after credit: it never
 changes rewards, statistics, advantages of kept edges, the rollout or the noise. The selectors here
-drop gradient terms and are biased; the objective's normaliser stays the number of planned edges.
+drop gradient terms and are biased (`unbiased` has what is not); the objective's normaliser stays
+the number of planned edges.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -137,103 +136,122 @@ def slide(
     return depths + (shift if towards_leaves else -shift)
 
 
-def balanced_chunks(count: int, max_batch: int | None) -> list[tuple[int, int]]:
-    """Returns ranges over `count` items in the fewest chunks of at most max_batch, evenly filled.
+def _through(plan: Plan, leaves: Ints) -> Floats:
+    """(M,) weight 1 on all edges above some leaves, and on the re-noised states of them."""
+    alive = np.zeros(len(plan), dtype=bool)
+    alive[leaves] = True
+    for lo, hi in plan.levels()[:0:-1]:
+        np.logical_or.at(alive, plan.parent[lo:hi], alive[lo:hi])
+    for lo, hi in plan.levels()[1:]:
+        alive[lo:hi] |= plan.matching[lo:hi] & alive[plan.parent[lo:hi]]
+    return alive.astype(np.float64)
 
-    24 items at 16 make 12 + 12, not 16 + 8.
+
+def _select(plan: Plan, value_M: Floats, choose: Callable[[Floats], Ints]) -> Floats:
+    """(M,) weights of the leaves that `choose` takes from the values of each prompt's."""
+    leaves = np.flatnonzero(plan.leaf)
+    kept: list[Ints] = [np.zeros(0, dtype=np.int64)]
+    for prompt in range(plan.num_prompts):
+        mine = leaves[plan.prompt[leaves] == prompt]
+        kept.append(mine[choose(value_M[mine])])
+    return _through(plan, np.concatenate(kept))
+
+
+def _left(name: str, count: int, rate: float) -> int:
+    """Returns floor(count (1 - rate)); 0.3 of 10 leaves 7, whatever 1 - 0.3 is in binary."""
+    kept = int(count * (1.0 - rate) + 1e-9)
+    if not 0.0 <= rate < 1.0 or kept < 1:
+        raise ValueError(
+            f"{name}: rate must be in [0, 1) and leave one of {count} leaves, got {rate}"
+        )
+    return kept
+
+
+def best_of_n(plan: Plan, value_M: Floats, kept: int) -> Floats:
+    """Keeps the edges above each prompt's best and worst leaves.
+
+    Args:
+        plan: chains or trees.
+        value_M: (M,) scalar value of every node.
+        kept: leaves per prompt, the worse half one more if odd; ties keep the order of leaves.
+
+    Source: DanceGRPO `train_grpo_hunyuan.py`, best-of-n. Biased.
+    """
+
+    def choose(value: Floats) -> Ints:
+        order = np.argsort(-value, kind="stable")
+        top = order[: kept // 2]
+        return np.concatenate([top, order[max(0, len(order) - (kept - kept // 2)) :]])
+
+    return _select(plan, value_M, choose)
+
+
+def cppo(plan: Plan, value_M: Floats, rate: float) -> Floats:
+    """Keeps the edges above each prompt's floor(G (1 - rate)) leaves of the largest |value|.
+
+    A prompt whose values are all 0 loses everything. Ties keep the order of leaves.
+
+    Args:
+        plan: chains or trees of G leaves per prompt.
+        value_M: (M,) scalar value of every node.
+        rate: share of the leaves that is dropped, in [0, 1).
 
     Raises:
-        ValueError: max_batch below 1.
+        ValueError: nothing would be left of a prompt.
+
+    Source: CPPO, arXiv 2503.22342, per prompt; its verl code ranks over the whole batch. Biased.
     """
-    if max_batch is not None and max_batch < 1:
-        raise ValueError(f"balanced_chunks: max_batch must be at least 1, got {max_batch}")
-    if count == 0:
-        return []
-    chunks = 1 if max_batch is None else -(-count // max_batch)
-    bounds = [count * i // chunks for i in range(chunks + 1)]
-    return list(itertools.pairwise(bounds))
+
+    def choose(value: Floats) -> Ints:
+        count = _left("cppo", len(value), rate) if value.any() else 0
+        return np.sort(np.argsort(-np.abs(value), kind="stable")[:count])
+
+    return _select(plan, value_M, choose)
 
 
-class MicroBatch(NamedTuple):
-    """Parents of one forward and backward, of any steps and trees, with all their kept edges."""
+def maximal_variance(plan: Plan, value_M: Floats, rate: float) -> Floats:
+    """Keeps, per prompt, the floor(G (1 - rate)) leaves whose values have the largest variance.
 
-    nodes: Ints
-    """(N,) parents, ascending rows of the plan."""
-    edges: Ints
-    """(E,) their kept edges, grouped by parent."""
-    child_start: Ints
-    """(N + 1,) edges of parent n are edges[child_start[n]:child_start[n + 1]]."""
-    part: int
-    """Which taped part holds the parents' velocities, -1 = none."""
-    local: Ints
-    """(N,) rows in that part; empty without one."""
+    An optimum is always the i smallest and the others largest; ties take the smallest i.
+
+    Args:
+        plan: chains or trees of G leaves per prompt.
+        value_M: (M,) scalar value of every node.
+        rate: share of the leaves that is dropped, in [0, 1).
+
+    Source: Pro-GRPO, arXiv 2512.15347, optimal variance filtering, on final rewards. Biased.
+    """
+
+    def choose(value: Floats) -> Ints:
+        order, count = np.argsort(value, kind="stable"), _left("maximal_variance", len(value), rate)
+        subsets = [np.r_[order[:i], order[len(order) - count + i :]] for i in range(count + 1)]
+        variance = np.array([value[subset].var() for subset in subsets])
+        # equal up to rounding is equal
+        return subsets[int(np.argmax(variance >= variance.max() * (1.0 - 1e-12)))]
+
+    return _select(plan, value_M, choose)
 
 
-def pack_parents(
-    plan: Plan,
-    edges: Ints,
-    max_batch: int | None,
-    parts: Sequence[Ints] = (),
-    together_M: Ints | None = None,
-) -> list[MicroBatch]:
-    """Packs the parents of kept edges: taped parts whole, the rest evenly filled.
+def zero_advantage(plan: Plan, value_M: Floats) -> Floats:
+    """Drops the edges of value 0: they have no policy gradient, but they have a KL. Biased by it.
 
     Args:
         plan: the trees.
-        edges: (E,) kept trained edges, ascending.
-        max_batch: parents per micro-batch at most, for those on no tape.
-        parts: node sets whose velocities are on the tape, one micro-batch each.
-        together_M: (M,) group of every edge; a group's edges stay in one micro-batch. Only for
-            edges that are about their own node, which are on no tape.
-
-    Raises:
-        ValueError: max_batch is below 1 or the size of a group.
+        value_M: (M,) scalar value of every edge.
     """
-    owner = plan.action[edges]
-    left = np.unique(owner)
-    chosen: list[tuple[Ints, int, Ints]] = []
-    for part, nodes in enumerate(parts):
-        local = np.flatnonzero(np.isin(nodes, left))
-        if len(local):
-            chosen.append((nodes[local], part, local))
-            left = np.setdiff1d(left, nodes)
-    chunks = (
-        [left[lo:hi] for lo, hi in balanced_chunks(len(left), max_batch)]
-        if together_M is None
-        else _whole_groups(left, together_M[left], max_batch)
-    )
-    chosen += [(chunk, -1, np.zeros(0, dtype=np.int64)) for chunk in chunks]
-    batches: list[MicroBatch] = []
-    for nodes, part, local in chosen:
-        mine = edges[np.isin(owner, nodes)]
-        start = np.searchsorted(plan.action[mine], np.append(nodes, len(plan)))
-        batches.append(MicroBatch(nodes, mine, start, part, local))
-    return batches
+    del plan
+    return np.where(value_M == 0.0, 0.0, 1.0)
 
 
-def check_groups(plan: Plan, together: Sequence[str], max_batch: int | None) -> None:
-    """Raises ValueError unless max_batch holds every group of edges that must stay whole."""
-    if together and max_batch is not None:
-        largest = int(np.bincount(plan.group(together)[plan.trained()]).max(initial=0))
-        if largest > max_batch:
-            raise ValueError(
-                f"collect: max_batch must hold a whole group of {largest}, got {max_batch}; the "
-                f"objective couples all edges of equal {' and '.join(together)}"
-            )
-
-
-def _whole_groups(nodes: Ints, group: Ints, max_batch: int | None) -> list[Ints]:
-    """Fills chunks of at most max_batch with whole groups, in order."""
-    chunks: list[Ints] = []
-    open_chunk: list[Ints] = []
-    for g in np.unique(group):
-        mine = nodes[group == g]
-        if max_batch is not None and len(mine) > max_batch:
-            raise ValueError(
-                f"pack_parents: max_batch must hold a whole group of {len(mine)}, got {max_batch}"
-            )
-        if max_batch is not None and sum(map(len, open_chunk)) + len(mine) > max_batch:
-            chunks.append(np.sort(np.concatenate(open_chunk)))
-            open_chunk = []
-        open_chunk.append(mine)
-    return [*chunks, np.sort(np.concatenate(open_chunk))] if open_chunk else chunks
+BIASED: Mapping[str, Callable[[Plan, Floats, float], Floats]] = {
+    "cppo": cppo,
+    "maximal_variance": maximal_variance,
+    "best_of_n": lambda plan, value, rate: best_of_n(
+        plan, value, max(2, int(plan.leaf.sum() // plan.num_prompts * (1.0 - rate) + 1e-9))
+    ),
+    "extremes": lambda plan, value, rate: extremes(plan, value, share=1.0 - rate),
+    "first_steps": lambda plan, _value, rate: first_steps(plan, share=1.0 - rate),
+    "parent_top1": lambda plan, value, _rate: parent_top1(plan, value),
+    "zero_advantage": lambda plan, value, _rate: zero_advantage(plan, value),
+}
+"""Pruners by name: (plan, value (M,), share that is dropped) -> (M,) weights."""

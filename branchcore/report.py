@@ -14,9 +14,12 @@ from branchcore import recipes
 from branchcore.drawing import draw
 from branchcore.passes import unshare
 from branchcore.plan import Counts, Plan
+from branchcore.pruning_config import PruningConfig
 from branchcore.recipes.recipe import Recipe, Sigmas
 
 BACKWARD = 2.0
+BELOW_MEAN = 0.5751
+"""P(|A| < E|A|) of a normal A: DPPO's candidates."""
 
 
 class Tape(NamedTuple):
@@ -85,13 +88,20 @@ def _line(name: str, work: Work, unit: float) -> str:
 
 
 def plan_report(
-    recipe: Recipe, sigmas: Sigmas, *, seed: int = 0, iteration: int = 0, uid: int = 0
+    recipe: Recipe,
+    sigmas: Sigmas,
+    pruning: PruningConfig | None = None,
+    *,
+    seed: int = 0,
+    iteration: int = 0,
+    uid: int = 0,
 ) -> str:
     """Returns tree and counts of one prompt's plan, beside Flow-GRPO and DanceGRPO.
 
     Args:
         recipe: the method.
         sigmas: (T + 1,) schedule that the compared methods run on.
+        pruning: of the run; its forecast is the last line.
         seed: of the run.
         iteration: of the run.
         uid: of the prompt.
@@ -127,5 +137,24 @@ def plan_report(
             "Chains share nothing, pay one forward and backward per edge, and have no tape.",
             f"The tape covers {tape.covered} of {tape.parents} trained parents in "
             f"{recipe.updates} update(s){rest}.",
+            *([] if pruning is None else _forecast(pruning, recipe, plan)),
         ]
     )
+
+
+def _forecast(pruning: PruningConfig, recipe: Recipe, plan: Plan) -> list[str]:
+    """Returns what an unbiased rule leaves on average."""
+    if not pruning.unbiased:
+        return []
+    tape = tape_of(recipe, plan)
+    guess = pruning.rule == "threshold"
+    share = 1.0 - pruning.rate * (BELOW_MEAN if guess else 1.0)
+    kept = share * tape.parents
+    # coins that fall after the rewards are too late for the tape
+    again = kept - (0.0 if pruning.needs_scores else share * tape.covered)
+    others = other_forwards(recipe, plan, round(kept))
+    units = plan.counts().forwards + others + BACKWARD * kept + again
+    return [
+        f"Pruning ({pruning.rule}, rate {pruning.rate:g}) keeps {kept:.1f} of {tape.parents} "
+        f"trained parents on average{', if advantages are normal' * guess}: work {units:.0f}."
+    ]

@@ -19,8 +19,8 @@ from branchcore import ops
 from branchcore.forest import Forest, TapePart, edge_noise, kept_slots, noise_rows, upload
 from branchcore.model import VelocityModel, call_velocity
 from branchcore.noise import Noise
+from branchcore.packing import balanced_chunks
 from branchcore.plan import Ints, Plan
-from branchcore.prune import balanced_chunks
 
 
 def rollout(
@@ -33,6 +33,7 @@ def rollout(
     tape: int = 0,
     max_batch: int | None = None,
     keep_velocity: bool | None = None,
+    off_tape: NDArray[np.bool_] | None = None,
     given: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -50,6 +51,7 @@ def rollout(
         max_batch: rows of a model call at most; None = a whole wave.
         keep_velocity: store the velocities of trained nodes as v_old; None = if the plan has later
             updates, which need them: re-noised states of later updates are then evaluated too.
+        off_tape: (M,) nodes that are known to be pruned from the first update: never on the tape.
         given: (num_prompts, n, D) states of `Tree.given` roots; a root takes the row that its
             stream names, so that sharing and dead roots do not move it.
         dtype: of the states; float32 (bf16 rounding would move the ratio), or float64 in tests.
@@ -71,7 +73,8 @@ def rollout(
     keep_velocity = plan.num_updates > 1 if keep_velocity is None else keep_velocity
     trained = plan.action[plan.trained(0)]
     on_tape = np.zeros(len(plan), dtype=bool)
-    on_tape[np.unique(trained[plan.evaluated[trained]])[:tape]] = True
+    left = trained if off_tape is None else trained[~off_tape[trained]]
+    on_tape[np.unique(left[plan.evaluated[left]])[:tape]] = True
     evaluated = plan.evaluated.copy()
     if keep_velocity:
         evaluated[plan.action[read_later]] = True

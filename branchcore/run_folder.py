@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from branchcore import checkpoint
+from branchcore.recipes.recipe import Recipe
+from branchcore.trainer_config import TrainerConfig
+
+_FREE_TO_CHANGE = (
+    "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "overlap_rewards",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -57,6 +65,20 @@ class RunFolder:
             ) from error
         kept = [line for line, done in rows if done <= iteration]
         write_whole(self.log_path, "".join(kept if iteration else []))
+
+
+def identity(
+    config: TrainerConfig, recipe: Recipe, prompts: Sequence[str], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what a resumed run must agree on; its length and its outputs are free."""
+    settings = dataclasses.asdict(config)
+    text = "\n".join(prompts).encode()
+    return {
+        "recipe": {"name": recipe.name, **recipe.options},
+        "prompts": {"count": len(prompts), "sha256": hashlib.sha256(text).hexdigest()},
+        "config": {k: v for k, v in settings.items() if k not in _FREE_TO_CHANGE},
+        "facts": dict(facts),
+    }
 
 
 def _occupied(path: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from branchcore.credit import EdgeCredit, Floats
@@ -20,8 +21,8 @@ from branchcore.gradient import Anchor, Statistics, gradient, log_ratio_floor
 from branchcore.model import Model, VelocityModel
 from branchcore.noise import host_generator
 from branchcore.objective import ClippedRatio
+from branchcore.packing import check_groups
 from branchcore.plan import Ints, Plan
-from branchcore.prune import check_groups
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import (
     Reward,
@@ -43,6 +44,8 @@ class Grown(NamedTuple):
     """(L, ...) decoded leaves."""
     prompts: list[str]
     """(L,) prompt of every leaf."""
+    uids: tuple[int, ...] = ()
+    """(P,) global sample positions of the plan's prompts."""
 
 
 class Batch(NamedTuple):
@@ -55,6 +58,8 @@ class Batch(NamedTuple):
     """Advantages and value of every edge."""
     weight: Floats
     """(M,) edge weights, 0 = pruned."""
+    uids: tuple[int, ...] = ()
+    """(P,) global sample positions of the plan's prompts."""
 
 
 def prompt_indices(num_prompts: int, batch: int, *, seed: int, iteration: int) -> Ints:
@@ -143,9 +148,12 @@ def grow(
     tape: int | None = None,
     max_batch: int | None = None,
     keep_velocity: bool | None = None,
+    off_tape: NDArray[np.bool_] | None = None,
     device: torch.device | str = "cpu",
 ) -> Grown:
     """Grows and decodes the trees of some prompts: the first part of `collect`, which has the rest.
+
+    `off_tape` is that of `rollout`.
 
     Raises:
         FloatingPointError: the model returned NaN or Inf.
@@ -161,13 +169,14 @@ def grow(
         tape=len(plan) if tape is None else tape,
         max_batch=max_batch,
         keep_velocity=keep_velocity if recipe.objective.anchor == "policy" else False,
+        off_tape=off_tape,
         device=device,
     )
     with torch.no_grad():
         latents = forest.leaves.view(-1, *model.latent_shape)
         images = torch.cat([model.decode(x) for x in latents.split(max_batch or len(latents))])
     texts = [str(prompts[int(i)]) for i in plan.prompt[plan.leaf]]
-    return Grown(forest, view, images, texts)
+    return Grown(forest, view, images, texts, tuple(uids))
 
 
 def finish(
@@ -184,7 +193,7 @@ def finish(
     log_prob = grown.forest.log_prob.double().cpu().numpy()
     credit = recipe.credit(plan, scores.values, weights, log_prob)
     weight = recipe.prune(plan, credit.value, iteration)
-    return Batch(grown.forest, grown.model, scores, credit, weight)
+    return Batch(grown.forest, grown.model, scores, credit, weight, grown.uids)
 
 
 def score_rounds(
@@ -235,6 +244,7 @@ def accumulate(
     update: int = 0,
     anchor: Anchor = "auto",
     max_batch: int | None = None,
+    max_tokens: int | None = None,
     num_planned: int | None = None,
 ) -> Statistics:
     """Adds the gradient of one update of a batch to the parameters; see `gradient.gradient`."""
@@ -247,6 +257,7 @@ def accumulate(
         update=update,
         anchor=anchor,
         max_batch=max_batch,
+        max_tokens=max_tokens,
         num_planned=num_planned,
     )
 

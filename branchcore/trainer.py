@@ -5,8 +5,6 @@ Read `Trainer.step` top to bottom; every stage is a public function of `stages`.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,18 +23,16 @@ from branchcore.masters import Masters
 from branchcore.metrics import bar_text, iteration_metrics
 from branchcore.model import Model
 from branchcore.plan import Plan
-from branchcore.prune import balanced_chunks
+from branchcore.pruning import Draw, Pruning, Sums
+from branchcore.pruning_config import PruningConfig
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
-from branchcore.run_folder import RunFolder, check_same
+from branchcore.run_folder import RunFolder, check_same, identity
 from branchcore.slow_fast import FastPath, check_fast_steps
 from branchcore.stages import Batch, Grown, accumulate
 from branchcore.trainer_config import TrainerConfig
 
 Metrics = dict[str, Any]
-_FREE_TO_CHANGE = (
-    "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "overlap_rewards",
-)  # fmt: skip
 
 
 class Trainer:
@@ -79,6 +75,7 @@ class Trainer:
         if not self.parameters:
             raise ValueError("Trainer: module must have trainable parameters, got none")
         check_fast_steps(config, recipe)
+        self.pruning = Pruning(config.prune, recipe, config.seed)
         self.device = self.parameters[0].device
         self.masters = Masters(model.module)
         self.optimizer = torch.optim.AdamW(
@@ -93,25 +90,15 @@ class Trainer:
         self.sampler = None if recipe.sampler_decay is None else average(0.0, starts_as_copy=True)
         both = (("ema", self.ema), ("sampler", self.sampler))
         self._averages = {name: kept for name, kept in both if kept is not None}
-        self.iteration, self.cpu_s = 0, 0.0
+        self.iteration, self.cpu_s, self.kept = 0, 0.0, Sums()
         self.noise_floor: float | None = None
-        identity = self._identity(facts or {})
-        self.folder = RunFolder(out, identity, resume=resume)
+        self.folder = RunFolder(
+            out, identity(config, recipe, self.prompts, facts or {}), resume=resume
+        )
         newest = checkpoint.latest(self.folder.path)
         if newest is not None:
             self._restore(newest)
         self.folder.forget_after(self.iteration)
-
-    def _identity(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """What a resumed run must agree on."""
-        settings = dataclasses.asdict(self.config)
-        text = "\n".join(self.prompts).encode()
-        return {
-            "recipe": {"name": self.recipe.name, **self.recipe.options},
-            "prompts": {"count": len(self.prompts), "sha256": hashlib.sha256(text).hexdigest()},
-            "config": {k: v for k, v in settings.items() if k not in _FREE_TO_CHANGE},
-            "facts": dict(facts),
-        }
 
     def run(self) -> None:
         """Trains to the configured number of iterations."""
@@ -150,6 +137,7 @@ class Trainer:
             **iteration_metrics(batches, total, self.config.reward_weights),
             "grad_norm": max(float(n) for n in norms),
             **({} if self.noise_floor is None else {"noise_floor": self.noise_floor}),
+            **({} if self.config.prune == PruningConfig() else self.kept.metrics()),
             "cpu_s": self.cpu_s,
             "wall_s": time.perf_counter() - wall,
         }
@@ -159,26 +147,25 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         fast = self.config.fast_steps > 0
         start = FastPath(self.masters.parameters, self.optimizer) if fast else None
-        batches, total = self._first_update()
+        sizes = len(self.prompts), self.config.prompts_per_iteration
+        seed, now = self.config.seed, self.iteration
+        indices = stages.prompt_indices(*sizes, seed=seed, iteration=now)
+        draw = self.pruning.draw(indices, now, self.config.prompts_per_round)
+        self.kept = Sums(prompts=len(indices), rolled_out=len(draw.weight))
+        batches, total = self._first_update(draw)
         norms = [self._optimizer_step(0)]
         if start is not None:
-            norms += self._fast_steps(start, batches)
+            norms += self._fast_steps(start, draw, batches)
         for update in range(1, self.recipe.updates):
-            total = total.plus(self._update(batches, update))
+            total = total.plus(self._pass(draw, batches, update, inner=update))
             norms.append(self._optimizer_step(update))
+        self.pruning.remember(indices, batches)
         return batches, total, norms
 
-    def _first_update(self) -> tuple[list[Batch], Statistics]:
+    def _first_update(self, draw: Draw) -> tuple[list[Batch], Statistics]:
         """Rolls out, scores and backpropagates round by round, so that few tapes live at a time."""
-        config, seed, iteration = self.config, self.config.seed, self.iteration
-        chosen = stages.prompt_indices(
-            len(self.prompts), config.prompts_per_iteration, seed=seed, iteration=iteration
-        )
-        rounds = [range(*ends) for ends in balanced_chunks(len(chosen), config.prompts_per_round)]
-        plans = [self.recipe.plan([*uids], seed=seed, iteration=iteration) for uids in rounds]
-        planned = sum(len(p.trained(0)) for p in plans)
-        texts = [self.prompts[i] for i in chosen]
-        grown = (self._grow(*one, texts) for one in zip(plans, rounds, strict=True))
+        config, iteration = self.config, self.iteration
+        grown = (self._grow(*one, draw) for one in zip(draw.plans, draw.rounds, strict=True))
         batches: list[Batch] = []
         total = Statistics.zero(self.device)
         limit, weights = config.max_batch, config.reward_weights
@@ -190,57 +177,66 @@ class Trainer:
             for batch in done:
                 if self.noise_floor is None and self.sampler is None:
                     self.noise_floor = stages.noise_floor(batch, self.recipe, max_batch=limit)
-                batches.append(batch)
-                part = accumulate(
-                    batch,
-                    self.recipe,
-                    anchor="auto" if self.sampler is None else "rollout",
-                    max_batch=limit,
-                    num_planned=planned,
-                )
-                total = total.plus(part)
+                batches.append(self.pruning.weigh(batch, draw.weight))
+                total = total.plus(self._pass(draw, batches[-1:]))
         return batches, total
 
-    def _grow(self, plan: Plan, uids: range, texts: list[str]) -> Grown:
+    def _grow(self, plan: Plan, uids: Sequence[int], draw: Draw) -> Grown:
         """Grows a round with the policy that samples."""
         config, lags = self.config, self.sampler is not None
+        late = config.tape is None and config.prune.needs_scores
         with self.sampler.applied() if self.sampler is not None else nullcontext():
             return stages.grow(
                 plan,
                 self.model,
                 self.recipe,
-                [texts[i] for i in uids],
-                [*uids],
+                [self.prompts[i] for i in draw.indices[[*uids]]],
+                uids,
                 seed=config.seed,
                 iteration=self.iteration,
-                tape=0 if lags else config.tape,
+                tape=0 if lags or late else config.tape,
                 max_batch=config.max_batch,
                 keep_velocity=True if lags or config.fast_steps else None,
+                off_tape=self.pruning.ahead(plan, uids, self.iteration),
                 device=self.device,
             )
 
-    def _update(self, batches: Sequence[Batch], update: int) -> Statistics:
-        planned = sum(len(b.forest.plan.trained(update)) for b in batches)
-        limits = {"max_batch": self.config.max_batch, "num_planned": planned}
+    def _pass(
+        self, draw: Draw, batches: Sequence[Batch], update: int = 0, inner: int = 0
+    ) -> Statistics:
+        """Adds the gradient of one pass, with coins of its own; only the first is on policy."""
         total = Statistics.zero(self.device)
+        first = inner == 0 and self.sampler is None
         for batch in batches:
-            part = accumulate(batch, self.recipe, update=update, anchor="rollout", **limits)
+            where = {"iteration": self.iteration, "update": update, "inner": inner}
+            weight, sums = self.pruning.weights(batch, **where)
+            self.kept = self.kept.plus(sums)
+            part = accumulate(
+                batch._replace(weight=weight),
+                self.recipe,
+                update=update,
+                anchor="auto" if first else "rollout",
+                max_batch=self.config.max_batch,
+                num_planned=draw.planned[update],
+            )
             total = total.plus(part)
         return total
 
-    def _fast_steps(self, before: FastPath, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    def _fast_steps(
+        self, before: FastPath, draw: Draw, batches: Sequence[Batch]
+    ) -> list[torch.Tensor]:
         """Takes the other fast steps of SFPO, goes back and takes the corrective step."""
         norms: list[torch.Tensor] = []
         share, limit = self.config.fast_share, self.config.fast_limit
-        for _ in range(1, self.config.fast_steps):
-            ratio = self._update(batches, 0).ratio
+        for inner in range(1, self.config.fast_steps):
+            ratio = self._pass(draw, batches, inner=inner).ratio
             norms.append(self._optimizer_step(0))
             if limit < math.inf:
                 far = bool(ratio.sum_abs_dev > limit * ratio.edges)
                 share = 0.0 if far else self.config.fast_share
         before.go_back(share)
         self.masters.write()
-        self._update(batches, 0)
+        self._pass(draw, batches, inner=self.config.fast_steps)
         return [*norms, self._optimizer_step(0)]
 
     def _optimizer_step(self, update: int) -> torch.Tensor:
@@ -268,6 +264,7 @@ class Trainer:
         tensors |= {name: average.tensors() for name, average in self._averages.items()}
         tensors |= {"masters": self.masters.copies} if self.masters.copies else {}
         state = {**self.folder.identity, "cpu_s": self.cpu_s, "noise_floor": self.noise_floor}
+        state["pruning"] = self.pruning.state()
         where = self.folder.path, self.iteration
         return checkpoint.save(*where, tensors, state, self.config.keep_checkpoints)
 
@@ -284,7 +281,9 @@ class Trainer:
     def _restore(self, newest: Path) -> None:
         state = checkpoint.load_state(newest)
         check_same(newest, state, self.folder.identity)
-        checkpoint.require(newest / "state.json", state, cpu_s=float, noise_floor=(float, None))
+        kinds = {"cpu_s": float, "noise_floor": (float, None), "pruning": dict}
+        checkpoint.require(newest / "state.json", state, **kinds)
+        self.pruning.load(state["pruning"], newest / "state.json")
         module, copies = self.model.module, self.masters.copies
         like = checkpoint.trained(module)
         weights = checkpoint.load_tensors(newest, "model", like)

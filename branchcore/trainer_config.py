@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
+
+from branchcore.pruning_config import PruningConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,10 @@ class TrainerConfig:
     max_batch: int | None = None
     """Rows of one model call at most; None = a whole wave."""
     tape: int | None = None
-    """Trained nodes per round that keep their graph; None = all."""
+    """Trained nodes per round that keep their graph; None = all, or none where coins fall after
+    the rewards: the backward of a taped wave is whole, whatever was pruned of it."""
+    prune: PruningConfig = field(default_factory=PruningConfig)
+    """What the updates leave out; `--set prune=RULE --set prune_rate=0.5 ...`."""
     seed: int = 0
     """Names all noise and all random choices."""
     lr: float = 1e-5
@@ -62,6 +67,8 @@ class TrainerConfig:
                 raise TypeError(f"TrainerConfig: {name} must be {kind.__name__}, got {value!r}")
             if not low <= cast("float", value) <= high:
                 raise ValueError(f"TrainerConfig: {name} must be in [{low}, {high}], got {value}")
+        if not isinstance(self.prune, PruningConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"TrainerConfig: prune must be a PruningConfig, got {self.prune!r}")
         if not isinstance(self.overlap_rewards, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 "TrainerConfig: overlap_rewards must be True or False, "

@@ -46,6 +46,7 @@ PYBIND11_MODULE(_C, root) {
   root.doc() =
       "Compiled kernels: a submodule per instruction set, and cuda; best_isa() names this CPU's.";
   root.def("best_isa", &best_isa);
+  root.def("pack", &cpu::pack, py::call_guard<py::gil_scoped_release>());
   BRANCHCORE_BIND_OPS(generic)
 #if defined(__x86_64__)
   BRANCHCORE_BIND_OPS(avx2)

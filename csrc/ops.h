@@ -65,6 +65,11 @@ void check_child_start(const char* op, TensorView child_start, int64_t num_child
 void check_table_rows(const char* op, TensorView row, TensorView first, TensorView second,
                       TensorView third);
 
+// Orders items pack after pack, pack p from start[p] on, and returns the number of packs. Arguments
+// are those of branchcore/packing.py, checked there; all int64, start of one size more than order.
+int64_t pack(TensorView lengths, int64_t capacity, int64_t window, TensorView order,
+             TensorView start);
+
 // Asks for huge pages under a large output that is about to be written for the first time.
 void prefer_huge_pages(TensorView out);
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from branchcore import credit, prune, recipes, schedule
+from branchcore import credit, packing, prune, recipes, schedule
 from branchcore.recipes.credits import depth_credit
 from branchcore.steps import dance_sde, euler
 from branchcore.tree import Tree
@@ -321,10 +321,10 @@ def test_depth_window_slides_as_the_paper_and_as_released():
     [(24, 16, [12, 12]), (5, 2, [1, 2, 2]), (0, 4, []), (7, None, [7]), (3, 1, [1, 1, 1])],
 )
 def test_balanced_chunks(count, max_batch, sizes):
-    chunks = prune.balanced_chunks(count, max_batch)
+    chunks = packing.balanced_chunks(count, max_batch)
     assert [hi - lo for lo, hi in chunks] == sizes
     with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
-        prune.balanced_chunks(count, 0)
+        packing.balanced_chunks(count, 0)
 
 
 def test_pack_parents_keeps_every_edge_once(rng):
@@ -332,7 +332,7 @@ def test_pack_parents_keeps_every_edge_once(rng):
     edges = rng.choice(plan.trained(), 150, replace=False)
     edges.sort()
     parts = [np.arange(10, 30), np.arange(100, 160)]
-    batches = prune.pack_parents(plan, edges, 16, parts)
+    batches = packing.pack_parents(plan, edges, 16, parts)
     np.testing.assert_array_equal(np.sort(np.concatenate([b.edges for b in batches])), edges)
     for batch in batches:
         owner = np.repeat(batch.nodes, np.diff(batch.child_start))

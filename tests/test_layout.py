@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from branchcore import _dispatch
+from branchcore import _dispatch, packing, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "branchcore"
@@ -14,7 +14,19 @@ LAYERS = [
     {"_C", "kernels"},
     {"reference", "_check", "_dispatch", "testing", "noise"},
     {"ops"},
-    {"schedule", "steps", "plan", "_plan_checks", "passes", "tree", "drawing", "credit", "prune"},
+    {
+        "schedule",
+        "steps",
+        "plan",
+        "_plan_checks",
+        "passes",
+        "tree",
+        "drawing",
+        "credit",
+        "prune",
+        "unbiased",
+        "packing",
+    },
     {"model", "forest", "rollout", "objective", "matching", "gradient", "guidance"},
     {
         "recipes",
@@ -27,6 +39,8 @@ LAYERS = [
         "run_folder",
         "trainer",
         "trainer_config",
+        "pruning",
+        "pruning_config",
         "plots",
         "prompt_files",
         "report",
@@ -85,6 +99,7 @@ def test_optional_packages_stay_in_their_place(path):
 
 CORE = {"philox_normal", "branch_step", "edge_dots", "ratio_loss", "sde_log_prob"}
 MODEL = {"gate_norm_modulate", "qk_norm_rope", "group_norm_silu"}
+HOST = {"pack"}
 FOLDERS = {
     "reference": (PACKAGE / "reference", ".py"),
     "cpp": (ROOT / "csrc" / "cpu", ".cpp"),
@@ -103,6 +118,15 @@ def test_an_op_is_one_stem_in_every_folder(implementation):
         names = [name for name in _dispatch._ops if name.startswith(op)]
         assert names, op
         assert all(implementation in _dispatch._ops[name] for name in names), names
+
+
+@pytest.mark.parametrize("op", HOST)
+def test_what_takes_host_integers_is_one_stem_on_the_cpu(op):
+    places = [FOLDERS[name] for name in ("reference", "cpp")]
+    assert all((folder / f"{op}{suffix}").is_file() for folder, suffix in places), op
+    assert op not in _dispatch._ops
+    assert callable(getattr(packing, op))
+    assert all(hasattr(module, op) for module in (reference, _dispatch.host() or reference))
 
 
 def test_kernels_is_a_namespace_folder():

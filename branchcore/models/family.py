@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from branchcore.credit import Floats
 from branchcore.models.sharing import Kind, Sharing
+from branchcore.plan import Ints
 
 Text = dict[str, Tensor]
 """Conditioning by name: without a batch axis of one prompt, with one of several."""
@@ -99,6 +100,14 @@ class Family(ABC):
     def stack(self, texts: Sequence[Text]) -> Text:
         """Returns the (P, ...) conditioning of several prompts."""
         return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
+
+    def text_lengths(self, text: Text) -> Ints | None:
+        """Returns (P,) how many tokens of every prompt count; None where all are padded alike."""
+        return None
+
+    def cut(self, text: Text, length: int) -> Text:
+        """Returns (N, ...) conditioning without what lies past `length` tokens: padding."""
+        return text
 
     def pack(self, x: Tensor) -> Tensor:
         """Returns latents as the transformer takes them."""

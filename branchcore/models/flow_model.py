@@ -20,9 +20,12 @@ from branchcore.credit import Floats
 from branchcore.models.adapters import has_lora, without_lora
 from branchcore.models.family import Family, Size, Text
 from branchcore.models.sharing import Rows, Sharing
-from branchcore.prune import balanced_chunks
+from branchcore.packing import balanced_chunks
+from branchcore.plan import Ints
 
 ENCODE_BATCH = 16
+TEXT_STEP = 64
+"""A call pads its texts to its longest one, rounded up to this: few shapes, often shared."""
 
 
 class FlowModel:
@@ -215,11 +218,29 @@ class PromptedFlow:
         text: (P, ...) conditioning; the last row is the negative prompt's if there is guidance.
     """
 
+    variable_length = False
+
     def __init__(self, model: FlowModel, text: Text) -> None:
         self.model, self.text = model, text
         self.latent_shape = model.latent_shape
         self._null = len(next(iter(text.values()))) - 1
+        own, step = model.family.text_lengths(text), TEXT_STEP
+        self._lengths = None if own is None else np.minimum(-(-own // step) * step, own.max())
         self._announced: _HostRows | None = None
+
+    def row_tokens(self, prompt: Ints) -> Ints:
+        """Returns (N,) tokens of latent and padded text of rows with these prompts.
+
+        Raises:
+            NotImplementedError: the family pads all prompts alike.
+        """
+        family = self.model.family
+        if self._lengths is None:
+            raise NotImplementedError(
+                f"row_tokens: texts must keep their length, got padded {family.name}; try max_batch"
+            )
+        latent = family.pack(torch.empty(1, *self.latent_shape, device="meta"))
+        return latent.shape[1] + self._lengths[prompt]
 
     def announce(self, sigma: Floats, prompt: NDArray[np.integer]) -> None:
         """Tells the next call's rows from the host, which saves a copy from the device."""
@@ -268,7 +289,9 @@ class PromptedFlow:
         text = {name: value[prompt] for name, value in self.text.items()}
         model, family = self.model, self.model.family
         if model.rollout_predict is not None and not torch.is_grad_enabled():
-            return model.rollout_predict(module, packed, sigma, text)
+            return model.rollout_predict(module, packed, sigma, text)  # of few fixed shapes
+        if self._lengths is not None:
+            text = family.cut(text, int(self._lengths[host.prompt].max(initial=0)))
         sharing = model.frozen_sharing if module is model.frozen else model.sharing
         if sharing is None:
             return family.predict(module, packed, sigma, text, self.latent_shape)

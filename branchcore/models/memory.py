@@ -18,8 +18,8 @@ import numpy as np
 from branchcore.model import Model
 from branchcore.models.live_bytes import CallBytes, measure
 from branchcore.models.memory_need import Need, check_trained, rollout_calls, trained_nodes
+from branchcore.packing import balanced_chunks
 from branchcore.plan import Plan
-from branchcore.prune import balanced_chunks
 from branchcore.recipes.recipe import Recipe
 from branchcore.trainer_config import TrainerConfig
 

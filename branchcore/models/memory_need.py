@@ -16,8 +16,8 @@ from torch import nn
 from branchcore.forest import kept_slots
 from branchcore.model import Model
 from branchcore.models.live_bytes import CallBytes
+from branchcore.packing import balanced_chunks
 from branchcore.plan import Ints, Plan
-from branchcore.prune import balanced_chunks
 from branchcore.recipes.recipe import Recipe
 from branchcore.trainer_config import TrainerConfig
 

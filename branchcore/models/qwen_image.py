@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -14,6 +15,7 @@ from branchcore.models.family import Size, Text, too_long
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.loading import load
 from branchcore.models.patches import PatchFamily
+from branchcore.plan import Ints
 
 UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
@@ -68,6 +70,16 @@ class QwenImage(PatchFamily):
         if len(lengths.unique()) > 1:
             stacked["mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
         return stacked
+
+    def text_lengths(self, text: Text) -> Ints:
+        """Returns the prompts' own lengths."""
+        count, longest = text["embeds"].shape[:2]
+        own = text["mask"].sum(1).cpu().numpy() if "mask" in text else np.full(count, longest)
+        return own.astype(np.int64)
+
+    def cut(self, text: Text, length: int) -> Text:
+        """Cuts states and mask."""
+        return {name: value[:, :length] for name, value in text.items()}
 
     def predict(
         self, transformer: Any, x: Tensor, sigma: Tensor, text: Text, shape: tuple[int, ...]

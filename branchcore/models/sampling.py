@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from branchcore.models.flow_model import FlowModel
+from branchcore.packing import balanced_chunks
 from branchcore.passes import concat
-from branchcore.prune import balanced_chunks
 from branchcore.rollout import rollout
 from branchcore.steps import euler
 from branchcore.tree import Tree

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from branchcore.credit import Floats
 from branchcore.objective import ClippedRatio
-from branchcore.plan import Plan
+from branchcore.prune import best_of_n
 from branchcore.recipes.chains import check_group, grow_chains, ratio_of
 from branchcore.recipes.credits import group_credit
 from branchcore.recipes.recipe import (
@@ -94,33 +93,10 @@ def dance_grpo(
         grow=grow,
         credit=group_credit(ddof=1, eps=1e-8, separate=separate),
         objective=ClippedRatio(ratio=ratio_of(sde), clip=(clip, clip), kl=kl),
-        prune=lambda plan, value, _iteration: best_and_worst(plan, value, kept),
+        prune=lambda plan, value, _iteration: best_of_n(plan, value, kept),
         varies=num_trained < num_steps,
         updates=updates,
     )
-
-
-def best_and_worst(plan: Plan, value_M: Floats, kept: int) -> Floats:
-    """Returns weights that keep the chains of each prompt's best and worst leaves.
-
-    Args:
-        plan: the chains.
-        value_M: (M,) scalar value of every node.
-        kept: leaves per prompt, the worse half one more if odd; ties keep the order of leaves.
-
-    Source: DanceGRPO `train_grpo_hunyuan.py`, best-of-n. The loss stays divided by all planned
-    edges.
-    """
-    leaves = np.flatnonzero(plan.leaf)
-    alive = np.zeros(len(plan), dtype=bool)
-    for prompt in range(plan.num_prompts):
-        mine = leaves[plan.prompt[leaves] == prompt]
-        ranked = mine[np.argsort(-value_M[mine], kind="stable")]
-        alive[ranked[: kept // 2]] = True
-        alive[ranked[max(0, len(ranked) - (kept - kept // 2)) :]] = True
-    for lo, hi in plan.levels()[:0:-1]:
-        np.logical_or.at(alive, plan.parent[lo:hi], alive[lo:hi])
-    return alive.astype(np.float64)
 
 
 _TRAINER = {"lr": 1e-5, "weight_decay": 1e-4, "max_grad_norm": 1.0}

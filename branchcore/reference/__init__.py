@@ -12,6 +12,7 @@ from branchcore.reference.group_norm_silu import (
     group_norm_silu_backward,
     group_norm_silu_positions,
 )
+from branchcore.reference.pack import pack
 from branchcore.reference.philox_normal import philox_normal
 from branchcore.reference.qk_norm_rope import QKNormRope, qk_norm_rope, qk_norm_rope_backward
 from branchcore.reference.ratio_loss import RatioLoss, RatioStats, ratio_loss, ratio_loss_backward
@@ -33,6 +34,7 @@ __all__ = [
     "group_norm_silu",
     "group_norm_silu_backward",
     "group_norm_silu_positions",
+    "pack",
     "philox_normal",
     "qk_norm_rope",
     "qk_norm_rope_backward",

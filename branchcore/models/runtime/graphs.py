@@ -16,7 +16,7 @@ from branchcore.models.adapters import has_lora
 from branchcore.models.family import Text
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.runtime.change import Change
-from branchcore.prune import balanced_chunks
+from branchcore.packing import balanced_chunks
 
 Call = Callable[[], Tensor]
 WARM_UP = 3

@@ -1,0 +1,100 @@
+"""The settings of pruning, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from branchcore.prune import BIASED
+
+UNBIASED = ("uniform", "threshold", "optimal")
+_FLOOR = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningConfig:
+    """Which parents of an update are dropped; on the command line `--set prune=RULE prune_rate=`.
+
+    Raises:
+        TypeError, ValueError: a value is out of range, or has no effect under the rule.
+    """
+
+    rule: str = "none"
+    """uniform: all parents alike; threshold: DPPO, those whose score is below their prompt's mean;
+    optimal: the least added variance for its cost; or a pruner of `prune.BIASED` by name."""
+    rate: float = 0.0
+    """uniform, optimal: expected share of the cost that is dropped; threshold: probability of a
+    candidate; biased pruners: share of the leaves that is dropped. In [0, 1)."""
+    floor: float = _FLOOR
+    """optimal: least keep probability p_min, so that no weight exceeds 1 / floor."""
+    draw: Literal["bernoulli", "fixed"] = "bernoulli"
+    """bernoulli: independent coins, weight 1/p; fixed: floor(rate m) of a prompt's m candidates
+    without replacement, weight m / (m - floor(rate m)); not for optimal, whose p differ."""
+    score: Literal["mean", "max"] = "mean"
+    """threshold: over the |advantage| of a parent's edges."""
+    prompts: float = 0.0
+    """Probability that a prompt whose past |advantage| is below the mean is not rolled out."""
+    cap: float | None = None
+    """Weights are cut to it, which biases the estimate: only with `biased`; None = never."""
+    biased: bool = False
+    """Says that a bias by `cap` is wanted."""
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "prompts", "floor", *(() if self.cap is None else ("cap",))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"PruningConfig: {name} must be float, got {value!r}")
+        choices: dict[str, tuple[Any, ...]] = {
+            "rule": ("none", *UNBIASED, *BIASED),
+            "draw": ("bernoulli", "fixed"),
+            "score": ("mean", "max"),
+            "biased": (True, False),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"PruningConfig: {name} must be from {known}, got {getattr(self, name)!r}"
+                )
+        for name in ("rate", "prompts"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(
+                    f"PruningConfig: {name} must be in [0, 1), got {getattr(self, name)}; 1 leaves "
+                    "nothing that a weight could make up for"
+                )
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        """Raises ValueError for values that the rule does not read, and for a hidden bias."""
+        unread = {
+            "rate": self.rate and self.rule in ("none", "zero_advantage", "parent_top1"),
+            "floor": self.floor != _FLOOR and self.rule != "optimal",
+            "draw": self.draw != "bernoulli" and self.rule not in ("uniform", "threshold"),
+            "score": self.score != "mean" and self.rule != "threshold",
+            "biased": self.biased and self.cap is None,
+        }
+        for name, wrong in unread.items():
+            if wrong:
+                raise ValueError(
+                    f"PruningConfig: {name} must be left out for rule {self.rule!r} and cap "
+                    f"{self.cap}, which do not read it, got {getattr(self, name)!r}"
+                )
+        if self.rule == "optimal" and not 0.0 < self.floor <= 1.0 - self.rate:
+            raise ValueError(
+                f"PruningConfig: floor must be in (0, 1 - rate] = (0, {1.0 - self.rate:g}], got "
+                f"{self.floor}"
+            )
+        if self.cap is not None and not (self.biased and self.cap >= 1.0):
+            raise ValueError(
+                f"PruningConfig: cap must be None, or at least 1 with biased=True, got {self.cap} "
+                "and biased={}; try floor, which bounds weights without a bias".format(self.biased)
+            )
+
+    @property
+    def unbiased(self) -> bool:
+        """The rule draws coins that may drop something."""
+        return self.rule in UNBIASED and self.rate > 0.0
+
+    @property
+    def needs_scores(self) -> bool:
+        """Coins fall after the rewards, too late to keep a parent off the tape."""
+        return self.unbiased and self.rule != "uniform"
