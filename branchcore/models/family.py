@@ -5,6 +5,7 @@ Letters: N rows of a call, P prompts, L images.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -43,21 +44,22 @@ class Family(ABC):
     pixel_multiple: ClassVar[int] = 16
     """Height and width are multiples of it."""
 
-    def check_size(self, size: Size) -> None:
+    @classmethod
+    def check_size(cls, size: Size) -> None:
         """Raises ValueError unless the model can make this size."""
         for name in ("height", "width"):
-            value, step = getattr(size, name), self.pixel_multiple
+            value, step = getattr(size, name), cls.pixel_multiple
             if value < step or value % step:
                 raise ValueError(
-                    f"{self.name}: {name} must be a positive multiple of {step}, got {value}; "
+                    f"{cls.name}: {name} must be a positive multiple of {step}, got {value}; "
                     f"try {max(step, round(value / step) * step)}"
                 )
         if size.frames != 1:
-            raise ValueError(f"{self.name}: frames must be 1, got {size.frames}")
+            raise ValueError(f"{cls.name}: frames must be 1, got {size.frames}")
 
     def check_guidance(self, guidance: float, config: Mapping[str, Any]) -> None:
         """Raises ValueError unless a model of this configuration takes classifier-free guidance."""
-        if guidance < 1.0:
+        if not 1.0 <= guidance < math.inf:
             raise ValueError(f"{self.name}: guidance must be at least 1 (1 = off), got {guidance}")
         if guidance > 1.0 and config.get("guidance_embeds"):
             raise ValueError(
@@ -91,6 +93,15 @@ class Family(ABC):
         Raises:
             ValueError: a prompt is longer than the encoders take.
         """
+
+    def check_length(self, prompt: str, tokens: int, limit: int) -> None:
+        """Raises ValueError for a prompt that an encoder would cut."""
+        if tokens > limit:
+            start = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+            raise ValueError(
+                f"{self.name}: prompt must have at most {limit} tokens, got {tokens} in {start!r}; "
+                "try a shorter prompt or max_text_tokens"
+            )
 
     def encode_negative(self, pipe: Any, prompt: str) -> Text:
         """Encodes the prompt of the unconditional half."""
@@ -139,12 +150,3 @@ def scheduler_sigmas(scheduler: Any) -> Floats:
     """Returns a scheduler's sigmas in float64, with the last 0."""
     sigmas = np.asarray(scheduler.sigmas.double().cpu())
     return sigmas if sigmas[-1] == 0.0 else np.append(sigmas, 0.0)
-
-
-def too_long(family: str, prompt: str, tokens: int, limit: int) -> ValueError:
-    """Returns the error of a prompt that an encoder would cut."""
-    start = prompt if len(prompt) <= 60 else prompt[:57] + "..."
-    return ValueError(
-        f"{family}: prompt must have at most {limit} tokens, got {tokens} in {start!r}; "
-        "try a shorter prompt or max_text_tokens"
-    )

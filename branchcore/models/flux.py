@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from branchcore.models.family import Size, Text, too_long
+from branchcore.models.family import Size, Text
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.loading import load
 from branchcore.models.patches import PatchFamily
@@ -53,8 +53,7 @@ class Flux(PatchFamily):
         """Encodes by CLIP and T5; CLIP cuts at 77 tokens, as it does in the pipeline."""
         for prompt in prompts:
             tokens = len(pipe.tokenizer_2(prompt).input_ids)
-            if tokens > self.max_text_tokens:
-                raise too_long(self.name, prompt, tokens, self.max_text_tokens)
+            self.check_length(prompt, tokens, self.max_text_tokens)
         embeds, pooled, _ = pipe.encode_prompt(
             prompt=list(prompts), prompt_2=None, max_sequence_length=self.max_text_tokens
         )

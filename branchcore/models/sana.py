@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from branchcore.credit import Floats
 from branchcore.models.cross_attention import install
-from branchcore.models.family import Family, Size, Text, too_long
+from branchcore.models.family import Family, Size, Text
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.loading import load
 from branchcore.models.schedules import flow_sigmas, timestep_of
@@ -69,8 +69,7 @@ class Sana(Family):
         dropped = len(pipe.tokenizer.encode(before)) - 2 if lines else 0
         for prompt in prompts:
             tokens = len(pipe.tokenizer.encode(before + prompt.lower().strip())) - dropped
-            if tokens > self.max_text_tokens:
-                raise too_long(self.name, prompt, tokens, self.max_text_tokens)
+            self.check_length(prompt, tokens, self.max_text_tokens)
         embeds, mask, _, _ = pipe.encode_prompt(
             prompt=list(prompts),
             do_classifier_free_guidance=False,

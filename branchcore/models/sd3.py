@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from branchcore.credit import Floats
-from branchcore.models.family import Family, Size, Text, scheduler_sigmas, too_long
+from branchcore.models.family import Family, Size, Text, scheduler_sigmas
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.loading import load
 from branchcore.models.schedules import shift_of
@@ -57,8 +57,7 @@ class SD3(Family):
         if pipe.text_encoder_3 is not None:
             for prompt in prompts:
                 tokens = len(pipe.tokenizer_3(prompt).input_ids)
-                if tokens > self.max_text_tokens:
-                    raise too_long(self.name, prompt, tokens, self.max_text_tokens)
+                self.check_length(prompt, tokens, self.max_text_tokens)
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,
