@@ -68,7 +68,8 @@ def test_too_long_a_prompt_names_tokens_and_limit(tiny):
     with pytest.raises(
         ValueError, match=rf"prompt must have at most {limit} tokens, got (\d+)"
     ) as error:
-        model.encode(["a cat", prompt])
+        model.encode([*(f"cat {i}" for i in range(20)), prompt])
+    assert not model._texts
     assert int(re.search(r"got (\d+)", str(error.value))[1]) >= 200
     model.encode(["a cat"])
 

@@ -43,6 +43,8 @@ class Family(ABC):
     """Default modules of a LoRA, by the ends of their names."""
     pixel_multiple: ClassVar[int] = 16
     """Height and width are multiples of it."""
+    max_text_tokens: int
+    """Tokens of a prompt at most; also what shorter ones are padded to where a family pads."""
 
     @classmethod
     def check_size(cls, size: Size) -> None:
@@ -77,9 +79,10 @@ class Family(ABC):
             config: of the transformer.
         """
 
-    @abstractmethod
     def latent_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
         """Returns the shape of one latent, as the VAE decodes it."""
+        factor = pipe.vae_scale_factor
+        return (pipe.transformer.config.in_channels, size.height // factor, size.width // factor)
 
     def sigmas(self, pipe: Any, steps: int, latent_shape: tuple[int, ...]) -> Floats:
         """Returns the pipeline's own (steps + 1,) noise levels, the last 0."""
@@ -88,11 +91,21 @@ class Family(ABC):
 
     @abstractmethod
     def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
-        """Encodes prompts by the pipeline's text encoders, each without a batch axis.
+        """Encodes prompts that passed `check_prompts`, each without a batch axis."""
 
-        Raises:
-            ValueError: a prompt is longer than the encoders take.
-        """
+    @abstractmethod
+    def tokens(self, pipe: Any, prompt: str) -> int:
+        """Returns the tokens of a prompt, of which an encoder takes `token_limit` at most."""
+
+    def token_limit(self, pipe: Any) -> int:
+        """Returns how many tokens of a prompt the encoders take."""
+        return self.max_text_tokens
+
+    def check_prompts(self, pipe: Any, prompts: Sequence[str]) -> None:
+        """Raises ValueError for the first prompt that an encoder would cut."""
+        limit = self.token_limit(pipe)
+        for prompt in prompts:
+            self.check_length(prompt, self.tokens(pipe, prompt), limit)
 
     def check_length(self, prompt: str, tokens: int, limit: int) -> None:
         """Raises ValueError for a prompt that an encoder would cut."""
@@ -104,7 +117,8 @@ class Family(ABC):
             )
 
     def encode_negative(self, pipe: Any, prompt: str) -> Text:
-        """Encodes the prompt of the unconditional half."""
+        """Encodes the prompt of the unconditional half, if it is not too long."""
+        self.check_prompts(pipe, [prompt])
         return self.encode(pipe, [prompt])[0]
 
     def stack(self, texts: Sequence[Text]) -> Text:

@@ -130,6 +130,7 @@ class FlowModel:
                 f"encode: prompts must be known once the text encoders are released, got "
                 f"{unknown[0]!r} and {len(unknown) - 1} more; try encode(all_prompts, release=True)"
             )
+        self.family.check_prompts(self.pipe, new)
         if lacks_negative:
             with torch.no_grad():
                 self._negative = _on_host(

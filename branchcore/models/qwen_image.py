@@ -48,13 +48,18 @@ class QwenImage(PatchFamily):
                     f"{self.name}: {option} of the transformer must be false, got {config[option]}"
                 )
 
+    def tokens(self, pipe: Any, prompt: str) -> int:
+        """Returns the tokens after the template's own."""
+        whole = pipe.tokenizer(pipe.prompt_template_encode.format(prompt)).input_ids
+        return len(whole) - pipe.prompt_template_encode_start_idx
+
+    def token_limit(self, pipe: Any) -> int:
+        """Returns what neither `max_text_tokens` nor the pipeline's tokenizer cuts."""
+        return min(self.max_text_tokens, pipe.tokenizer_max_length)
+
     def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
         """Encodes by Qwen2.5-VL within the pipeline's template; lengths differ."""
-        template, dropped = pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx
-        limit = min(self.max_text_tokens, pipe.tokenizer_max_length)
-        for prompt in prompts:
-            tokens = len(pipe.tokenizer(template.format(prompt)).input_ids) - dropped
-            self.check_length(prompt, tokens, limit)
+        limit = self.token_limit(pipe)
         embeds, mask = pipe.encode_prompt(list(prompts), max_sequence_length=limit)
         if mask is None:
             mask = torch.ones(embeds.shape[:2])

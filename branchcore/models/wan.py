@@ -70,16 +70,16 @@ class Wan(Family):
         """Returns the scheduler's sigmas, UniPC's or Euler's, from 1."""
         return flow_sigmas(self.name, pipe.scheduler, steps)
 
-    def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
-        """Encodes by UMT5, zeros after a prompt's end."""
+    def tokens(self, pipe: Any, prompt: str) -> int:
+        """Returns UMT5's tokens of the prompt as the pipeline cleans it."""
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-        length = self.max_text_tokens
-        for prompt in prompts:
-            self.check_length(prompt, len(pipe.tokenizer(prompt_clean(prompt)).input_ids), length)
-        embeds, _ = pipe.encode_prompt(
-            prompt=list(prompts), do_classifier_free_guidance=False, max_sequence_length=length
-        )
+        return len(pipe.tokenizer(prompt_clean(prompt)).input_ids)
+
+    def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
+        """Encodes by UMT5, zeros after a prompt's end."""
+        options = {"max_sequence_length": self.max_text_tokens}
+        embeds, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **options)
         return [{"embeds": one} for one in embeds]
 
     def predict(
