@@ -15,8 +15,8 @@ from torch import Tensor
 
 from branchcore.models.family import Size
 from branchcore.models.prompted_flow import PromptedFlow
-from branchcore.models.published import SHAPES, Architecture, Shape
-from branchcore.models.shapes import flow_model
+from branchcore.models.sizing.published import SHAPES, Architecture, Shape
+from branchcore.models.sizing.shapes import flow_model
 from branchcore.models.weights import add_lora
 
 RANK = 32

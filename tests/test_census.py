@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from branchcore.models import census, shapes
-from branchcore.models.shapes import SHAPES, Shape
+from branchcore.models.sizing import census, shapes
+from branchcore.models.sizing.shapes import SHAPES, Shape
 
 PUBLISHED = {"sd35m-512": 2.22, "flux-512": 21.5, "qwen-512": 16.7, "wan-240p33": 11.5}
 PUBLISHED |= {"sana-1024": 2.97}

@@ -21,8 +21,8 @@ from tiny_pipelines import Tiny
 from branchcore import examples, recipes, rewards
 from branchcore.cli import main
 from branchcore.models import FAMILIES, runtime
-from branchcore.models import task as tasks
-from branchcore.models.pictures import save_samples, strip, tiled
+from branchcore.models.commands import task as tasks
+from branchcore.models.commands.pictures import save_samples, strip, tiled
 from branchcore.models.sampling import sample
 from branchcore.models.weights import LORA_FILE, add_lora
 from branchcore.prompt_files import read_prompts

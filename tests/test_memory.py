@@ -10,9 +10,9 @@ from branchcore.trainer_config import TrainerConfig
 pytest.importorskip("diffusers")
 
 from branchcore.models import sd3, weights
-from branchcore.models.live_bytes import LiveBytes, faked, measure
-from branchcore.models.memory import MARGIN, bytes_of, plan_memory, predict_memory
-from branchcore.models.memory_need import Need
+from branchcore.models.sizing.live_bytes import LiveBytes, faked, measure
+from branchcore.models.sizing.memory import MARGIN, bytes_of, plan_memory, predict_memory
+from branchcore.models.sizing.memory_need import Need
 
 SG = schedule.shifted_linear(4)
 PROMPTS = ["a cat", "a dog", "red house", "blue dog"]

@@ -15,13 +15,13 @@ from branchcore import recipes, rewards
 from branchcore.model import Model
 from branchcore.models import runtime, weights
 from branchcore.models.accelerate import accelerate
+from branchcore.models.commands.flow_samples import FlowSamples
+from branchcore.models.commands.pictures import save_samples
+from branchcore.models.commands.pipeline_flags import Pipeline
+from branchcore.models.commands.task import Flags, Loaded, Settings
 from branchcore.models.flow_model import FlowModel
-from branchcore.models.flow_samples import FlowSamples
-from branchcore.models.memory import bytes_of, plan_memory
-from branchcore.models.pictures import save_samples
-from branchcore.models.pipeline_flags import Pipeline
 from branchcore.models.sampling import STEPS, sample
-from branchcore.models.task import Flags, Loaded, Settings
+from branchcore.models.sizing.memory import bytes_of, plan_memory
 from branchcore.prompt_files import read_prompts
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward, component_weights, score

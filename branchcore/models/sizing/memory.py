@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from branchcore.model import Model
-from branchcore.models.live_bytes import CallBytes, measure
-from branchcore.models.memory_need import Need, check_trained, rollout_calls, trained_nodes
+from branchcore.models.sizing.live_bytes import CallBytes, measure
+from branchcore.models.sizing.memory_need import Need, check_trained, rollout_calls, trained_nodes
 from branchcore.plan import Plan
 from branchcore.prune import balanced_chunks
 from branchcore.recipes.recipe import Recipe

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from branchcore.models import family_module
+from branchcore.models.commands.task import Flags, refuse
 from branchcore.models.family import Family, Size
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.loading import check_class
-from branchcore.models.task import Flags, refuse
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _PLACES = ("path", "device")

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from branchcore.models import shapes
 from branchcore.models.family import Family
 from branchcore.models.flow_model import FlowModel
-from branchcore.models.shapes import Shape
 from branchcore.models.sharing import matches
+from branchcore.models.sizing import shapes
+from branchcore.models.sizing.shapes import Shape
 
 Part = Literal["attention", "MLP", "projections", "text K/V", "prompt and level", "other"]
 """Scores and values; feed-forward; QKV and output; text keys and values of cross-attention; what
