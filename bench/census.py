@@ -12,8 +12,8 @@ from typing import Any
 
 import machine
 
-from branchcore.models import census
-from branchcore.models.shapes import SHAPES
+from branchcore.models.sizing import census
+from branchcore.models.sizing.shapes import SHAPES
 
 ROWS = 16
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from branchcore.models.family import Size
-from branchcore.models.flow_model import PromptedFlow
-from branchcore.models.published import SHAPES, Architecture, Shape
-from branchcore.models.shapes import flow_model
+from branchcore.models.prompted_flow import PromptedFlow
+from branchcore.models.sizing.published import SHAPES, Architecture, Shape
+from branchcore.models.sizing.shapes import flow_model
 from branchcore.models.weights import add_lora
 
 RANK = 32
@@ -180,11 +180,12 @@ class FamilyModel:
         shape = published if full else small(published.architecture)
         self.flow = flow_model(shape, device, dtype, guidance=family.guidance)
         add_lora(self.flow, rank=RANK if full else 4)
-        generator = torch.Generator(device).manual_seed(1)
+        generator = torch.Generator().manual_seed(1)
         for parameter_name, parameter in self.module.named_parameters():
             if "lora_B" in parameter_name:
+                drawn = torch.randn(parameter.shape, generator=generator)
                 with torch.no_grad():
-                    parameter.normal_(std=0.02, generator=generator)
+                    parameter.copy_(0.02 * drawn)
 
     @property
     def module(self) -> torch.nn.Module:

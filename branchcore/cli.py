@@ -23,7 +23,7 @@ _log = logging.getLogger("branchcore")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; a failure is one line on stderr and exit code 1."""
+    """Runs the command line; a failure is one line on stderr and exit code 1, Ctrl-C 130."""
     logging.basicConfig(level=os.environ.get("BRANCHCORE_LOG", "WARNING").upper())
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except _ERRORS as error:
         _log.debug("traceback", exc_info=error)
         sys.exit(f"branchcore {args.command}: {error}")
+    except KeyboardInterrupt as stop:
+        _log.debug("traceback", exc_info=stop)
+        print(f"\nbranchcore {args.command}: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:

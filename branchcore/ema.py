@@ -70,10 +70,10 @@ class Ema:
     def applied(self) -> Generator[None]:
         """Puts the averaged weights into the module for the time of the block."""
         before = [p.detach().clone() for p in self.parameters]
-        with torch.no_grad():
-            for p, average in zip(self.parameters, self.averages, strict=True):
-                p.copy_(average)
         try:
+            with torch.no_grad():
+                for p, average in zip(self.parameters, self.averages, strict=True):
+                    p.copy_(average)
             yield
         finally:
             with torch.no_grad():

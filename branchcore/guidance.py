@@ -12,9 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from branchcore.credit import Floats
 from branchcore.model import VelocityModel
 
 NoisyReward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -52,6 +55,14 @@ class RewardGuided:
             raise ValueError(f"RewardGuided: cap must be positive, got {cap}")
         self.model, self.rewards, self.weights, self.cap = model, rewards, weights, cap
         self.latent_shape = model.latent_shape
+
+    def announce(
+        self, sigma: Tensor, prompt: Tensor, host_sigma: Floats, host_prompt: NDArray[np.integer]
+    ) -> None:
+        """Passes on what the rollout tells of the next call, to a policy that listens."""
+        announce = getattr(self.model, "announce", None)
+        if announce is not None:
+            announce(sigma, prompt, host_sigma, host_prompt)
 
     def velocity(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
         """Returns the guided velocity, (N, *latent).

@@ -121,8 +121,9 @@ def call_velocity(
         sigma_N: (N,) noise levels, dtype of the states.
         prompt_N: (N,) int64 prompt indices.
         reference: call the base policy instead.
-        host: the same (sigma, prompt) on the host. A model that has `announce(sigma, prompt)` is
-            told them right before the call, so that finding rows in common needs no sync.
+        host: the same (sigma, prompt) on the host. A model that has `announce(sigma, prompt,
+            host_sigma, host_prompt)` is told them right before the call, so that finding rows in
+            common needs no sync; it may use them for a call with these very tensors only.
 
     Raises:
         ValueError: the model returned another shape.
@@ -132,7 +133,7 @@ def call_velocity(
     call = model.reference_velocity if reference else model.velocity
     announce = getattr(model, "announce", None)
     if announce is not None and host is not None:
-        announce(*host)
+        announce(sigma_N, prompt_N, *host)
     v = call(x_ND.view(shape), sigma_N, prompt_N)
     if not isinstance(v, Tensor) or not v.is_floating_point():  # pyright: ignore[reportUnnecessaryIsInstance]
         got = v.dtype if isinstance(v, Tensor) else type(v).__name__  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -12,7 +12,7 @@ from typing import Any
 
 from branchcore import recipes
 from branchcore.drawing import draw
-from branchcore.models import task as tasks
+from branchcore.models.commands import task as tasks
 from branchcore.plots import curves
 from branchcore.pruning_config import PruningConfig
 from branchcore.run_folder import check_free

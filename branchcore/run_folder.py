@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from branchcore import checkpoint
 from branchcore.recipes.recipe import Recipe
@@ -38,17 +38,24 @@ class RunFolder:
         self.path = Path(out)
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.log_path = self.path / "metrics.jsonl"
-        name = self.path / "run.json"
+        self._name = self.path / "run.json"
+        self._is_new = not (resume and _occupied(self.path))
         if not resume:
             check_free(self.path)
-        elif _occupied(self.path):
-            check_same(name, checkpoint.read_json(name), self.identity)
+        elif not self._is_new:
+            check_same(self._name, checkpoint.read_json(self._name), self.identity)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Appends one row to metrics.jsonl."""
-        if not (self.path / "run.json").exists():
+        """Appends one row to metrics.jsonl.
+
+        Raises:
+            ValueError: another run has taken the folder meanwhile.
+        """
+        if self._is_new:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path / "run.json", json.dumps(self.identity, indent=1) + "\n")
+            check_free(self.path)
+            write_whole(self._name, json.dumps(self.identity, indent=1) + "\n")
+            self._is_new = False
         with self.log_path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
@@ -99,10 +106,20 @@ def check_same(where: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) 
     """Raises ValueError unless the identity at `where` is this run's."""
     for key in mine:
         if theirs.get(key) != mine[key]:
+            got, wanted = _difference(theirs.get(key), mine[key])
             raise ValueError(
-                f"run: {where} must be of a run with the same {key}, got {theirs.get(key)} "
-                f"where this one has {mine[key]}; try another folder"
+                f"run: {where} must be of a run with the same {key}, got {got} "
+                f"where this one has {wanted}; try another folder"
             )
+
+
+def _difference(theirs: Any, mine: Any) -> tuple[Any, Any]:
+    """Returns what differs, of two mappings only the entries that do."""
+    if not (isinstance(theirs, dict) and isinstance(mine, dict)):
+        return theirs, mine
+    ours, others = cast("dict[str, Any]", mine), cast("dict[str, Any]", theirs)
+    names = [k for k in {**others, **ours} if others.get(k, ...) != ours.get(k, ...)]
+    return {k: others.get(k) for k in names}, {k: ours.get(k) for k in names}
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """Shared toys: a small policy and the naive per-edge gradient that everything must equal."""
 
+import functools
 import importlib
 import math
 
@@ -31,6 +32,19 @@ def tiny_folder(tmp_path_factory):
         return folders[name]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def copies(tiny_folder):
+    """Returns a function: name of a family -> `Copies` of its tiny pipeline, loaded once."""
+    import tiny_models
+    import tiny_pipelines
+
+    @functools.cache
+    def of(name):
+        return tiny_models.Copies(tiny_pipelines.Tiny(name, tiny_folder(name)))
+
+    return of
 
 
 class ToyModel:

@@ -82,6 +82,17 @@ def test_errors_are_one_line(words, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "preset_of", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "flow_grpo", "--preset", "flux"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\nbranchcore plan: stopped by Ctrl-C\n"
+
+
 def test_settings_split_between_recipe_and_trainer():
     options, fields = settings(["kl=0.2", "lr=1e-3", "splits=[0,1]"], "branch_mix")
     assert (options, fields) == ({"kl": 0.2, "splits": [0, 1]}, {"lr": 1e-3})

@@ -13,18 +13,20 @@ import torch
 pytest.importorskip("diffusers", reason="real models need the models extra")
 pytest.importorskip("matplotlib", reason="the commands draw")
 
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import Tiny
 
-from branchcore import examples
+from branchcore import examples, recipes, rewards
 from branchcore.cli import main
 from branchcore.models import FAMILIES, runtime
-from branchcore.models import task as tasks
-from branchcore.models.pictures import save_samples, strip, tiled
+from branchcore.models.commands import task as tasks
+from branchcore.models.commands.pictures import save_samples, strip, tiled
 from branchcore.models.sampling import sample
 from branchcore.models.weights import LORA_FILE, add_lora
 from branchcore.prompt_files import read_prompts
+from branchcore.run_folder import RunFolder
 
 SIZE = ["--height", "16", "--width", "32", "--max-text-tokens", "24", "--dtype", "fp32"]
 RUN = ["--recipe", "flow_grpo", "--reward", "jpeg", "--steps", "3", "--set", "group=4"]
@@ -96,8 +98,13 @@ def test_a_resumed_run_continues_bit_for_bit(run, train, tmp_path, capsys):
 
 
 def test_a_resumed_run_must_be_the_same(run, train):
-    with pytest.raises(SystemExit, match="same facts"):
-        train(run, "--lora-rank", 4, "--iterations", 2, "--resume", "--guidance", 2)
+    words = ["--lora-rank", 4, "--iterations", 2, "--resume"]
+    for name, old, new in [("guidance", "4.5", 2.0), ("eval-count", "2", 3)]:
+        with pytest.raises(SystemExit) as stop:
+            train(run, *words, f"--{name}", new)
+        key = name.replace("-", "_")
+        differs = f"same facts, got {{'{key}': {old}}} where this one has {{'{key}': {new}}}"
+        assert differs in str(stop.value)
 
 
 def test_samples_with_and_without_the_lora_share_their_noise(run, sd3, prompts, tmp_path):
@@ -155,8 +162,6 @@ def test_text_encoders_go_before_training(sd3, prompts):
     flags = {"path": sd3, "prompts": prompts, "reward": ("jpeg",), "height": 16, "width": 32}
     task = tasks.to_train("sd3", flags | {"max_text_tokens": 24, "guidance": 3.0})
     config = tasks.TrainerConfig(iterations=1, prompts_per_iteration=1)
-    from branchcore import recipes
-
     sigmas = task.load(recipes.build("flow_grpo", task.settings("flow_grpo").sigmas), config).sigmas
     np.testing.assert_allclose(sigmas, task.model.sigmas(10), atol=0)
     task.start()
@@ -200,6 +205,15 @@ def test_a_preset_brings_steps_options_and_rates(sd3, prompts):
         (["--eval-count", "0"], "--eval-count must be at least 1, got 0"),
         (["--device", "cuda"], "--device must be one that torch can use, got cuda without a GPU"),
         (["--height", "20"], "height must be a positive multiple of 16, got 20"),
+        (["--width", "-16"], "width must be a positive multiple of 16, got -16"),
+        (
+            ["--set", 'reward_weights={{"clip": 1}}'],
+            r"weights must name the components \['jpeg'\], got \['clip'\]",
+        ),
+        (
+            ["--full", "--reference", "--set", "kl=0"],
+            "--reference must come with a loss that compares with it, got flow_grpo without a KL",
+        ),
         (["--lora-targets", "to_nothing"], "targets must end the names .* got 'to_nothing'"),
     ],
 )
@@ -212,6 +226,34 @@ def test_errors_are_found_before_a_step(words, message, train, tmp_path, monkeyp
         train(tmp_path / "out", *(word.format(**names) for word in words))
     assert re.search(message, str(stop.value)), stop.value
     assert not (tmp_path / "out").exists()
+
+
+def test_of_two_new_runs_in_a_folder_the_second_stops_at_its_first_row(tmp_path):
+    first, second = (RunFolder(tmp_path / "out", {"seed": s}, resume=False) for s in (1, 2))
+    first.log({"iteration": 0})
+    with pytest.raises(ValueError, match=r"out must be a new folder, got .* with another run"):
+        second.log({"iteration": 0})
+    first.log({"iteration": 1})
+    assert [row["iteration"] for row in rows(tmp_path / "out")] == [0, 1]
+    assert json.loads((tmp_path / "out" / "run.json").read_text()) == {"seed": 1}
+
+
+def test_a_reward_is_tried_before_the_model_is_loaded(sd3, prompts, monkeypatch):
+    seen = []
+
+    def reward(images, texts):
+        seen.append((tuple(images.shape), texts))
+        raise KeyError("no face")
+
+    monkeypatch.setattr(rewards, "build", lambda *_, **__: reward)
+    flags = {"path": sd3, "prompts": prompts, "reward": ("x",), "height": 16, "width": 32}
+    task = tasks.to_train("sd3", flags)
+    monkeypatch.setattr(task.pipeline, "load", None)
+    recipe = recipes.build("flow_grpo", task.settings("flow_grpo").sigmas)
+    config = tasks.TrainerConfig(iterations=1, prompts_per_iteration=1)
+    with pytest.raises(RuntimeError, match="must score 2 images, raised KeyError: 'no face'"):
+        task.load(recipe, config)
+    assert seen == [((2, 3, 16, 32), ["a bold cat"] * 2)]
 
 
 def test_an_occupied_folder_is_found_before_anything_is_loaded(run, train):
@@ -317,6 +359,36 @@ def test_a_grid_has_every_image_in_its_place(tmp_path):
     assert list(dict.fromkeys(found)) == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     share = [found.count(c) / len(found) for c in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     np.testing.assert_allclose(share, [0.25, 0.5, 0.25], atol=0.02)
+
+
+def test_a_grid_is_never_larger_than_its_limit(tmp_path):
+    for size, wanted in [((1, 17, 3, 40, 300), 4096 + 180), ((1, 1, 3, 40, 900), 908 + 180)]:
+        save_samples({"base": torch.zeros(size)}, ["a"], tmp_path / "wide.png")
+        assert abs(Image.open(tmp_path / "wide.png").width - wanted) < 3
+    save_samples({"base": torch.zeros(9, 1, 3, 600, 300)}, ["a"] * 9, tmp_path / "tall.png")
+    assert Image.open(tmp_path / "tall.png").height < 4096 + 40
+
+
+def test_long_words_fit_beside_tiny_pictures(tmp_path, monkeypatch):
+    seen, place = {}, Figure.savefig
+
+    def measured(figure, path, **options):
+        canvas = figure.canvas.get_renderer()
+        texts = [*figure.texts, *(axis.title for axis in figure.axes)]
+        seen.update({text.get_text(): text.get_window_extent(canvas) for text in texts})
+        place(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", measured)
+    tiny = {"base model": torch.zeros(2, 1, 3, 16, 16), "/a/$x$/long/run/lora": None}
+    tiny = dict.fromkeys(tiny, tiny["base model"])
+    save_samples(
+        tiny, ["a thin dog on a red house " * 5, "a bold cat $a$ " * 9], tmp_path / "t.png"
+    )
+    above, below, left, right = seen.values()
+    assert right.x0 > left.x1
+    assert above.y0 > below.y1 > below.y0 > 0
+    assert max(above.x1, below.x1) < 180
+    assert list(seen)[3] == ".../run/lora"
 
 
 def test_videos_become_a_strip_and_an_animation(tmp_path):

@@ -125,6 +125,18 @@ def test_velocity_is_the_pipelines_own_prediction(tiny, model):
         assert float((got - v.flatten(0, 1)).abs().max()) <= 1e-5, guidance
 
 
+def test_bf16_velocity_has_the_pipelines_bits(tiny):
+    """Timesteps are rounded as there, too: sigma has other bits in bf16 than 1000 sigma."""
+    model = tiny.load(dtype=torch.bfloat16)
+    model.unshare()
+    x, v, _ = tiny.sample(model, PROMPTS[:2], states(model, 2), 1.0, 3, model.pipe)
+    view = model.with_prompts(PROMPTS[:2])
+    for step, level in enumerate(model.sigmas(3)[:-1].tolist()):
+        with torch.no_grad():
+            got = view.velocity(x[step].float(), torch.full((2,), level), torch.arange(2))
+        assert torch.equal(got.to(v.dtype), v[step]), level
+
+
 def test_ode_rollout_reproduces_the_pipelines_sample(tiny, model):
     guidance, steps = tiny.guidances[-1], 3
     _, _, images = tiny.sample(model, PROMPTS[:2], states(model, 2), guidance, steps)

@@ -18,10 +18,16 @@ def tiny(request, tiny_folder):
     return tiny_pipelines.Tiny(request.param, tiny_folder(request.param))
 
 
+@pytest.fixture(scope="module")
+def sd3(tiny_folder):
+    """For what `loading` does alike for every family."""
+    return tiny_pipelines.Tiny("sd3", tiny_folder("sd3"))
+
+
 @pytest.fixture
-def copy(tiny, tmp_path):
+def copy(sd3, tmp_path):
     """A copy of the pipeline that a test may damage."""
-    return shutil.copytree(tiny.folder, tmp_path / "copy")
+    return shutil.copytree(sd3.folder, tmp_path / "copy")
 
 
 @pytest.fixture
@@ -62,7 +68,8 @@ def test_too_long_a_prompt_names_tokens_and_limit(tiny):
     with pytest.raises(
         ValueError, match=rf"prompt must have at most {limit} tokens, got (\d+)"
     ) as error:
-        model.encode(["a cat", prompt])
+        model.encode([*(f"cat {i}" for i in range(20)), prompt])
+    assert not model._texts
     assert int(re.search(r"got (\d+)", str(error.value))[1]) >= 200
     model.encode(["a cat"])
 
@@ -74,6 +81,10 @@ def test_sizes_and_guidance(tiny, bare):
         tiny.load(bare, width=0)
     with pytest.raises(ValueError, match=r"guidance must be at least 1 \(1 = off\), got 0.5"):
         tiny.load(bare, guidance=0.5)
+    with pytest.raises(ValueError, match=r"guidance must be at least 1 \(1 = off\), got nan"):
+        tiny.load(bare, guidance=float("nan"))
+    with pytest.raises(RuntimeError, match="device must be one that torch can use, got cuda:99"):
+        tiny.load(bare, device="cuda:99")
     with pytest.raises(OSError, match="transformer must hold weights"):
         tiny.load(bare)
 
@@ -96,7 +107,7 @@ def test_folders(tiny, bare, tmp_path, monkeypatch):
         tiny.load("owner/model")
 
 
-def test_weights_that_lack_or_add_a_key(tiny, copy):
+def test_weights_that_lack_or_add_a_key(sd3, copy):
     from safetensors.torch import load_file, save_file
 
     (file,) = (copy / "transformer").glob("*.safetensors")
@@ -104,17 +115,34 @@ def test_weights_that_lack_or_add_a_key(tiny, copy):
     name = sorted(weights)[0]
     save_file({k: v for k, v in weights.items() if k != name}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=f"got 1 missing keys, such as {re.escape(name)}"):
-        tiny.load(copy)
+        sd3.load(copy)
     save_file({**weights, "stranger": weights[name].clone()}, file, {"format": "pt"})
     with pytest.raises(ValueError, match="got 1 unexpected keys, such as stranger"):
-        tiny.load(copy)
+        sd3.load(copy)
     save_file({**weights, name: torch.zeros(7, 7)}, file, {"format": "pt"})
     with pytest.raises((ValueError, OSError), match=re.escape(name)):
-        tiny.load(copy)
+        sd3.load(copy)
 
 
-def test_a_pipeline_without_its_vae_weights(tiny, copy):
+def test_a_pipeline_without_its_vae_weights(sd3, copy):
     for file in (copy / "vae").glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(OSError, match="must be a whole pipeline, got"):
-        tiny.load(copy)
+    with pytest.raises(OSError, match="vae must hold weights, got"):
+        sd3.load(copy)
+
+
+def test_a_text_encoder_is_whole_or_refused(sd3, copy):
+    from safetensors.torch import load_file, save_file
+
+    (file,) = (copy / "text_encoder_3").glob("*.safetensors")
+    whole = load_file(file)
+    name = next(name for name in whole if "SelfAttention.q" in name)
+    save_file({k: v for k, v in whole.items() if k != name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights of T5EncoderModel, got 1 missing keys, such as"):
+        sd3.load(copy)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(OSError, match="text_encoder_3 must hold weights, got"):
+        sd3.load(copy)
+    shutil.rmtree(copy / "tokenizer_2")
+    with pytest.raises(OSError, match="must be a whole pipeline, got no folder tokenizer_2"):
+        sd3.load(copy)

@@ -10,8 +10,9 @@ from branchcore.trainer_config import TrainerConfig
 pytest.importorskip("diffusers")
 
 from branchcore.models import sd3, weights
-from branchcore.models.live_bytes import LiveBytes, faked, measure
-from branchcore.models.memory import MARGIN, bytes_of, plan_memory, predict_memory
+from branchcore.models.sizing.live_bytes import LiveBytes, faked, measure
+from branchcore.models.sizing.memory import MARGIN, bytes_of, plan_memory, predict_memory
+from branchcore.models.sizing.memory_need import Need
 
 SG = schedule.shifted_linear(4)
 PROMPTS = ["a cat", "a dog", "red house", "blue dog"]
@@ -129,11 +130,15 @@ def test_less_budget_costs_rows_or_tape_and_the_choice_keeps_to_it(planned, tiny
     full = planned(10**9)
     small = planned(int(full.peak * 0.4))
     chosen = small.config
+    assert 1 <= small.decode_batch < full.decode_batch == full.config.max_batch
     assert (chosen.tape < full.config.tape) or (chosen.max_batch < full.config.max_batch)
-    assert measured(load(tiny_folder("sd3")), mix(), chosen, tmp_path) <= small.budget
+    model = load(tiny_folder("sd3"))
+    model.decode_batch = small.decode_batch
+    assert measured(model, mix(), chosen, tmp_path) <= small.budget
     assert small.peak <= small.usable < small.budget * (1 - MARGIN) + 1
     assert str(small).startswith(f"memory: {small.peak / 1e6:.1f} MB of {small.budget / 1e6:.1f}")
     assert f"{chosen.max_batch} rows per call, {chosen.tape} of {small.trained}" in str(small)
+    assert f"on the tape, {small.decode_batch} decoded at once" in str(small)
 
 
 def test_a_budget_too_small_for_one_node_says_what_is_needed(planned):
@@ -143,6 +148,25 @@ def test_a_budget_too_small_for_one_node_says_what_is_needed(planned):
     assert planned(int((needed + 0.1) * 1e6)).config.max_batch == 1
     with pytest.raises(ValueError, match="budget must be at least"):
         planned(int((needed - 0.1) * 1e6))
+
+
+def test_as_many_images_are_decoded_at_once_as_fit(tiny_folder):
+    model = load(tiny_folder("sd3"))
+    cost = measure(model, PROMPTS[0])
+    cost = cost._replace(decode=cost.decode._replace(per_row=10.0 * cost.decode.per_row))
+    model.decode_batch = 3  # is replaced
+    plan = plan_memory(model, mix(), CONFIG, 20_000_000, prompt=PROMPTS[0], cost=cost)
+    assert 1 < plan.decode_batch < plan.config.max_batch
+    assert model.decode_batch == plan.decode_batch
+    config, need = plan.config, Need.of(model, mix(), CONFIG, cost)
+    rounds = -(-CONFIG.prompts_per_iteration // config.prompts_per_round)
+
+    def peak(images):
+        wider = need._replace(decode_batch=images)
+        wave = need.plan(config.prompts_per_round)
+        return max(wider.phases(wave, rounds, config.max_batch, config.tape).values())
+
+    assert peak(plan.decode_batch) == plan.peak <= plan.usable < peak(plan.decode_batch + 1)
 
 
 def test_frozen_models_are_refused(tiny_folder):

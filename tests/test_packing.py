@@ -13,7 +13,7 @@ from branchcore import _dispatch, recipes, reference, schedule
 from branchcore.gradient import gradient
 from branchcore.matching import Preference
 from branchcore.model import token_budget
-from branchcore.models import flow_model
+from branchcore.models import prompted_flow
 from branchcore.objective import ClippedRatio
 from branchcore.packing import TokenBudget, pack, pack_parents
 from branchcore.passes import concat
@@ -281,7 +281,7 @@ PROMPTS = ["a cat", "a dog and a red cat on a green hill", "blue"]
 
 def test_texts_of_a_call_are_cut_to_its_longest(tiny_folder, monkeypatch):
     tiny = tiny_pipelines.Tiny("qwen_image", tiny_folder("qwen_image"))
-    monkeypatch.setattr(flow_model, "TEXT_STEP", 2)
+    monkeypatch.setattr(prompted_flow, "TEXT_STEP", 2)
     model = tiny.load(guidance=3.0).to(torch.float64)
     view = model.with_prompts(PROMPTS)
     own = view.text["mask"].sum(1).numpy()[:3]

@@ -174,10 +174,8 @@ def test_a_wrong_engine_fails_the_run_and_is_named(run, named, monkeypatch, caps
     ("arguments", "message"),
     [
         (["--leaves", "10"], "--leaves must be one of 12, 16, 24, 81, got 10"),
-        (
-            ["--model", "flux"],
-            "must be one of auto, digits, tiny, sd35m-shape, mmdit-small, got 'flux'",
-        ),
+        (["--model", "flux"], "sana, sd35m512-small, flux512-small"),
+        (["--model", "flux"], "wan240-small, sana-small, got 'flux'"),
         (["--steps", "6"], "--steps must be at least 7, for distinct splits, got 6"),
         (["--plans", "dance,nft"], "--plans must be from dance, flow, branch"),
         (["--prompts", "0"], "--prompts must be 1 to 60, got 0"),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import branchcore as bc
 from branchcore.models.flux import from_pretrained
-from branchcore.models.memory import bytes_of, plan_memory
+from branchcore.models.sizing.memory import bytes_of, plan_memory
 from branchcore.models.weights import add_lora, facts, save_lora
 from branchcore.rewards import JpegCompressibility, Rewards
 

@@ -43,17 +43,11 @@ def attach(module: Any, targets: Sequence[str], rank: int, alpha: float, seed: i
     """Adds an adapter to linear layers whose names end like a target; B is 0, A uniform.
 
     Raises:
-        ValueError: a target that no linear layer has.
+        ValueError: a target that no linear layer has, or something else too.
     """
     from peft import LoraConfig
 
-    linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
-            raise ValueError(
-                f"add_lora: targets must end the names of linear layers of {type(module).__name__},"
-                f" got {target!r} that ends none; try names such as {linear[len(linear) // 2]!r}"
-            )
+    _check_targets(module, targets)
     # peft draws weights from the global generator, which are replaced below
     with torch.random.fork_rng(devices=[]):
         options: Any = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets)}
@@ -66,6 +60,21 @@ def attach(module: Any, targets: Sequence[str], rank: int, alpha: float, seed: i
         weights[f"{name}.lora_A.weight"] = first
         weights[f"{name}.lora_B.weight"] = torch.zeros(layer.lora_B[NAME].weight.shape)
     set_weights(module, weights)
+
+
+def _check_targets(module: nn.Module, targets: Sequence[str]) -> None:
+    parts = dict(module.named_modules())
+    linear = [name for name, part in parts.items() if isinstance(part, nn.Linear)]
+    for target in targets:
+        hits = [name for name in parts if f".{name}".endswith(f".{target}")]
+        other = [name for name in hits if name not in linear]
+        if other or not hits:
+            none = len(other) == len(hits)
+            got = "ends none" if none else f"also ends {other[0]}"
+            raise ValueError(
+                f"add_lora: targets must end the names of linear layers of {type(module).__name__},"
+                f" got {target!r} that {got}; try names such as {linear[len(linear) // 2]!r}"
+            )
 
 
 def set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ Letters: N rows of a call, P prompts, L images.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -43,22 +44,25 @@ class Family(ABC):
     """Default modules of a LoRA, by the ends of their names."""
     pixel_multiple: ClassVar[int] = 16
     """Height and width are multiples of it."""
+    max_text_tokens: int
+    """Tokens of a prompt at most; also what shorter ones are padded to where a family pads."""
 
-    def check_size(self, size: Size) -> None:
+    @classmethod
+    def check_size(cls, size: Size) -> None:
         """Raises ValueError unless the model can make this size."""
         for name in ("height", "width"):
-            value, step = getattr(size, name), self.pixel_multiple
+            value, step = getattr(size, name), cls.pixel_multiple
             if value < step or value % step:
                 raise ValueError(
-                    f"{self.name}: {name} must be a positive multiple of {step}, got {value}; "
+                    f"{cls.name}: {name} must be a positive multiple of {step}, got {value}; "
                     f"try {max(step, round(value / step) * step)}"
                 )
         if size.frames != 1:
-            raise ValueError(f"{self.name}: frames must be 1, got {size.frames}")
+            raise ValueError(f"{cls.name}: frames must be 1, got {size.frames}")
 
     def check_guidance(self, guidance: float, config: Mapping[str, Any]) -> None:
         """Raises ValueError unless a model of this configuration takes classifier-free guidance."""
-        if guidance < 1.0:
+        if not 1.0 <= guidance < math.inf:
             raise ValueError(f"{self.name}: guidance must be at least 1 (1 = off), got {guidance}")
         if guidance > 1.0 and config.get("guidance_embeds"):
             raise ValueError(
@@ -76,9 +80,10 @@ class Family(ABC):
             config: of the transformer.
         """
 
-    @abstractmethod
     def latent_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
         """Returns the shape of one latent, as the VAE decodes it."""
+        factor = pipe.vae_scale_factor
+        return (pipe.transformer.config.in_channels, size.height // factor, size.width // factor)
 
     def sigmas(self, pipe: Any, steps: int, latent_shape: tuple[int, ...]) -> Floats:
         """Returns the pipeline's own (steps + 1,) noise levels, the last 0."""
@@ -87,14 +92,34 @@ class Family(ABC):
 
     @abstractmethod
     def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
-        """Encodes prompts by the pipeline's text encoders, each without a batch axis.
+        """Encodes prompts that passed `check_prompts`, each without a batch axis."""
 
-        Raises:
-            ValueError: a prompt is longer than the encoders take.
-        """
+    @abstractmethod
+    def tokens(self, pipe: Any, prompt: str) -> int:
+        """Returns the tokens of a prompt, of which an encoder takes `token_limit` at most."""
+
+    def token_limit(self, pipe: Any) -> int:
+        """Returns how many tokens of a prompt the encoders take."""
+        return self.max_text_tokens
+
+    def check_prompts(self, pipe: Any, prompts: Sequence[str]) -> None:
+        """Raises ValueError for the first prompt that an encoder would cut."""
+        limit = self.token_limit(pipe)
+        for prompt in prompts:
+            self.check_length(prompt, self.tokens(pipe, prompt), limit)
+
+    def check_length(self, prompt: str, tokens: int, limit: int) -> None:
+        """Raises ValueError for a prompt that an encoder would cut."""
+        if tokens > limit:
+            start = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+            raise ValueError(
+                f"{self.name}: prompt must have at most {limit} tokens, got {tokens} in {start!r}; "
+                "try a shorter prompt or max_text_tokens"
+            )
 
     def encode_negative(self, pipe: Any, prompt: str) -> Text:
-        """Encodes the prompt of the unconditional half."""
+        """Encodes the prompt of the unconditional half, if it is not too long."""
+        self.check_prompts(pipe, [prompt])
         return self.encode(pipe, [prompt])[0]
 
     def stack(self, texts: Sequence[Text]) -> Text:
@@ -148,12 +173,3 @@ def scheduler_sigmas(scheduler: Any) -> Floats:
     """Returns a scheduler's sigmas in float64, with the last 0."""
     sigmas = np.asarray(scheduler.sigmas.double().cpu())
     return sigmas if sigmas[-1] == 0.0 else np.append(sigmas, 0.0)
-
-
-def too_long(family: str, prompt: str, tokens: int, limit: int) -> ValueError:
-    """Returns the error of a prompt that an encoder would cut."""
-    start = prompt if len(prompt) <= 60 else prompt[:57] + "..."
-    return ValueError(
-        f"{family}: prompt must have at most {limit} tokens, got {tokens} in {start!r}; "
-        "try a shorter prompt or max_text_tokens"
-    )

@@ -1,31 +1,23 @@
-"""A diffusers pipeline behind the engine's `Model` protocol.
-
-The velocity is v = eps - x0 at x_sigma = (1 - sigma) x0 + sigma eps. Letters: N rows of a call, P
-prompts, L images.
-"""
+"""A diffusers pipeline behind the engine's `Model` protocol. Letters: L images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from branchcore.credit import Floats
 from branchcore.models.adapters import has_lora, without_lora
 from branchcore.models.family import Family, Size, Text
-from branchcore.models.sharing import Rows, Sharing
+from branchcore.models.prompted_flow import PromptedFlow
+from branchcore.models.sharing import Sharing
 from branchcore.packing import balanced_chunks
-from branchcore.plan import Ints
 
 ENCODE_BATCH = 16
-TEXT_STEP = 64
-"""A call pads its texts to its longest one, rounded up to this: few shapes, often shared."""
 
 
 class FlowModel:
@@ -96,30 +88,40 @@ class FlowModel:
         return self.family.sigmas(self.pipe, steps, self.latent_shape)
 
     def to(self, device_or_dtype: torch.device | torch.dtype | str) -> FlowModel:
-        """Moves weights to a device or a float dtype (float64 for exactness); returns self."""
-        for module in (self.module, self.vae, self.frozen):
-            if module is None:
-                continue
-            if isinstance(device_or_dtype, torch.dtype):
-                cast(module, device_or_dtype)
-            else:
-                nn.Module.to(module, device_or_dtype)
+        """Moves weights to a device or a float dtype (float64 for exactness); returns self.
+
+        Text encoders keep their dtype. What `with_prompts` returned before is not moved along.
+        """
+        modules = [part for part in (self.module, self.vae, self.frozen) if part is not None]
         if isinstance(device_or_dtype, torch.dtype):
+            for module in modules:
+                cast(module, device_or_dtype)
             self.dtype = device_or_dtype
         else:
+            parts = self._text_encoders().values()
+            for module in (*modules, *(part for part in parts if part is not None)):
+                nn.Module.to(module, device_or_dtype)
             self.device = torch.device(device_or_dtype)
         return self
 
     def encode(self, prompts: Sequence[str], *, release: bool = False) -> None:
         """Encodes prompts that are new, each once, and remembers them on the host.
 
+        The last bits of an encoding depend on what is encoded in the same call: give all prompts
+        of a run in one call, in one order, and a repeated run repeats its bits.
+
         Args:
-            prompts: any number of texts.
+            prompts: any number of texts; each takes 1 to 4 MB of host memory.
             release: free the text encoders afterwards; unknown prompts are an error from then on.
 
         Raises:
+            TypeError: one string instead of a sequence of them.
             ValueError: a prompt that the encoders cannot take whole, or encoders already released.
         """
+        if isinstance(prompts, str):
+            raise TypeError(
+                f"encode: prompts must be a sequence of texts, got one str; try [{prompts!r}]"
+            )
         new = list(dict.fromkeys(text for text in prompts if text not in self._texts))
         lacks_negative = self.guidance > 1.0 and self._negative is None
         if (new or lacks_negative) and not self._has_text_encoders():
@@ -128,6 +130,7 @@ class FlowModel:
                 f"encode: prompts must be known once the text encoders are released, got "
                 f"{unknown[0]!r} and {len(unknown) - 1} more; try encode(all_prompts, release=True)"
             )
+        self.family.check_prompts(self.pipe, new)
         if lacks_negative:
             with torch.no_grad():
                 self._negative = _on_host(
@@ -142,20 +145,28 @@ class FlowModel:
         if release:
             self.release_text_encoders()
 
+    def _text_encoders(self) -> dict[str, nn.Module | None]:
+        parts = self.pipe.components
+        return {name: part for name, part in parts.items() if name.startswith("text_encoder")}
+
     def _has_text_encoders(self) -> bool:
-        names = [name for name in self.pipe.components if name.startswith("text_encoder")]
-        return any(getattr(self.pipe, name) is not None for name in names)
+        return any(part is not None for part in self._text_encoders().values())
 
     def release_text_encoders(self) -> None:
         """Frees the text encoders' memory; prompts encoded so far stay known."""
-        for name in self.pipe.components:
-            if name.startswith("text_encoder"):
-                setattr(self.pipe, name, None)
+        for name in self._text_encoders():
+            setattr(self.pipe, name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def with_prompts(self, prompts: Sequence[str]) -> PromptedFlow:
-        """Returns a view of this model whose `prompt` arguments index these prompts."""
+        """Returns a view of this model whose `prompt` arguments index these prompts.
+
+        Raises:
+            TypeError, ValueError: see `encode`; or no prompts.
+        """
+        if not prompts:
+            raise ValueError("with_prompts: prompts must be one or more texts, got none")
         self.encode(prompts)
         texts = [self._texts[prompt] for prompt in prompts]
         if self.guidance > 1.0 and self._negative is not None:
@@ -203,97 +214,3 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _on_host(text: Text) -> Text:
     return {name: value.cpu() for name, value in text.items()}
-
-
-class _HostRows(NamedTuple):
-    sigma: Floats
-    prompt: NDArray[np.integer]
-
-
-class PromptedFlow:
-    """The `VelocityModel` of a model and its prompts; shares the model's weights.
-
-    Args:
-        model: the policy.
-        text: (P, ...) conditioning; the last row is the negative prompt's if there is guidance.
-    """
-
-    variable_length = False
-
-    def __init__(self, model: FlowModel, text: Text) -> None:
-        self.model, self.text = model, text
-        self.latent_shape = model.latent_shape
-        self._null = len(next(iter(text.values()))) - 1
-        own, step = model.family.text_lengths(text), TEXT_STEP
-        self._lengths = None if own is None else np.minimum(-(-own // step) * step, own.max())
-        self._announced: _HostRows | None = None
-
-    def row_tokens(self, prompt: Ints) -> Ints:
-        """Returns (N,) tokens of latent and padded text of rows with these prompts.
-
-        Raises:
-            NotImplementedError: the family pads all prompts alike.
-        """
-        family = self.model.family
-        if self._lengths is None:
-            raise NotImplementedError(
-                f"row_tokens: texts must keep their length, got padded {family.name}; try max_batch"
-            )
-        latent = family.pack(torch.empty(1, *self.latent_shape, device="meta"))
-        return latent.shape[1] + self._lengths[prompt]
-
-    def announce(self, sigma: Floats, prompt: NDArray[np.integer]) -> None:
-        """Tells the next call's rows from the host, which saves a copy from the device."""
-        self._announced = _HostRows(sigma, prompt)
-
-    def velocity(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
-        """Returns the guided velocity (N, *latent_shape) of the policy."""
-        return self._velocity(self.model.module, x, sigma, prompt)
-
-    def reference_velocity(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
-        """Returns the guided velocity of the frozen base policy."""
-        with self.model.as_reference() as module:
-            return self._velocity(module, x, sigma, prompt)
-
-    def _velocity(self, module: nn.Module, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
-        model, family = self.model, self.model.family
-        host = self._announced
-        self._announced = None
-        if host is None or len(host.sigma) != len(x):
-            host = _HostRows(sigma.double().cpu().numpy(), prompt.cpu().numpy())
-        packed = family.pack(x.to(model.dtype))
-        if model.guidance == 1.0:
-            return family.unpack(
-                self._predict(module, packed, sigma, prompt, host), self.latent_shape
-            )
-        null, null_host = torch.full_like(prompt, self._null), np.full_like(host.prompt, self._null)
-        if torch.is_grad_enabled() and not model.train_uncond:
-            with torch.no_grad():
-                uncond = self._predict(module, packed, sigma, null, host._replace(prompt=null_host))
-            cond = self._predict(module, packed, sigma, prompt, host)
-        else:
-            both = _HostRows(
-                np.concatenate([host.sigma] * 2), np.concatenate([host.prompt, null_host])
-            )
-            twice = self._predict(
-                module, torch.cat([packed] * 2), sigma.repeat(2), torch.cat([prompt, null]), both
-            )
-            cond, uncond = twice.chunk(2)
-        if cond.dtype in (torch.bfloat16, torch.float16):
-            cond, uncond = cond.float(), uncond.float()
-        return family.unpack(family.guide(cond, uncond, model.guidance), self.latent_shape)
-
-    def _predict(
-        self, module: nn.Module, packed: Tensor, sigma: Tensor, prompt: Tensor, host: _HostRows
-    ) -> Tensor:
-        text = {name: value[prompt] for name, value in self.text.items()}
-        model, family = self.model, self.model.family
-        if model.rollout_predict is not None and not torch.is_grad_enabled():
-            return model.rollout_predict(module, packed, sigma, text)  # of few fixed shapes
-        if self._lengths is not None:
-            text = family.cut(text, int(self._lengths[host.prompt].max(initial=0)))
-        sharing = model.frozen_sharing if module is model.frozen else model.sharing
-        if sharing is None:
-            return family.predict(module, packed, sigma, text, self.latent_shape)
-        with sharing.using(Rows(host.sigma, host.prompt, packed.device)):
-            return family.predict(module, packed, sigma, text, self.latent_shape)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from branchcore.models.family import Size, Text, too_long
+from branchcore.models.family import Size, Text
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.loading import load
 from branchcore.models.patches import PatchFamily
@@ -49,12 +49,12 @@ class Flux(PatchFamily):
                 f"of it (schnell), got {self.embedded_guidance}; try guidance"
             )
 
+    def tokens(self, pipe: Any, prompt: str) -> int:
+        """Returns T5's tokens; CLIP cuts at 77, as it does in the pipeline."""
+        return len(pipe.tokenizer_2(prompt).input_ids)
+
     def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
-        """Encodes by CLIP and T5; CLIP cuts at 77 tokens, as it does in the pipeline."""
-        for prompt in prompts:
-            tokens = len(pipe.tokenizer_2(prompt).input_ids)
-            if tokens > self.max_text_tokens:
-                raise too_long(self.name, prompt, tokens, self.max_text_tokens)
+        """Encodes by CLIP and T5."""
         embeds, pooled, _ = pipe.encode_prompt(
             prompt=list(prompts), prompt_2=None, max_sequence_length=self.max_text_tokens
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from branchcore.models.family import Family, Size
 from branchcore.models.flow_model import FlowModel
@@ -39,10 +41,11 @@ def load(
         ValueError: a pipeline of another class, weights that do not fit, a size or a guidance that
             the model cannot take.
         NotImplementedError: a variant of the architecture that the family does not support.
-        RuntimeError: diffusers is not installed.
+        RuntimeError: diffusers is not installed, or torch cannot use the device.
     """
     family.check_size(size)
     check_class(family, path)
+    _check_device(family, device)
     diffusers = _diffusers()
     transformer_class = getattr(diffusers, family.transformer)
     index = _config(family, path, getattr(diffusers, family.pipeline))
@@ -50,11 +53,12 @@ def load(
     config = _config(family, path, transformer_class, subfolder="transformer")
     family.check_config(index, config)
     family.check_guidance(guidance, config)
-    transformer = _weights(family, path, transformer_class, "transformer", dtype)
+    _check_folders(family, path, index)
+    parts = {"transformer": _weights(family, path, transformer_class, "transformer", dtype)}
+    for name, cls in _weighted(index).items():
+        parts[name] = _weights(family, path, cls, name, dtype)
     try:
-        pipe = getattr(diffusers, family.pipeline).from_pretrained(
-            path, transformer=transformer, dtype=dtype
-        )
+        pipe = getattr(diffusers, family.pipeline).from_pretrained(path, **parts, dtype=dtype)
     except (OSError, ValueError) as error:
         raise OSError(f"{family.name}: {path} must be a whole pipeline, got {error}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -67,6 +71,15 @@ def load(
         dtype=dtype,
         device=device,
     )
+
+
+def _check_device(family: Family, device: torch.device | str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise RuntimeError(
+            f"{family.name}: device must be one that torch can use, got {device} ({error})"
+        ) from error
 
 
 def _diffusers() -> Any:
@@ -108,6 +121,24 @@ def _check_name(family: Family | type[Family], path: str | Path, index: Mapping[
         )
 
 
+def _weighted(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the classes of VAE and text encoders: the pipeline would fill gaps at random."""
+    names = [name for name in index if name == "vae" or name.startswith("text_encoder")]
+    found = {name: index[name] for name in names if index[name][1] is not None}
+    return {
+        name: getattr(importlib.import_module(library), cls)
+        for name, (library, cls) in found.items()
+    }
+
+
+def _check_folders(family: Family, path: str | Path, index: Mapping[str, Any]) -> None:
+    """Raises OSError if a local pipeline lacks a part: a tokenizer would be an empty one."""
+    parts = [k for k, v in index.items() if isinstance(v, (list, tuple)) and v[0] is not None]
+    gone = [name for name in parts if not (Path(path) / name).is_dir()]
+    if Path(path).is_dir() and gone:
+        raise OSError(f"{family.name}: {path} must be a whole pipeline, got no folder {gone[0]}")
+
+
 def _config(family: Family, path: str | Path, cls: Any, **where: str) -> Mapping[str, Any]:
     try:
         return cls.load_config(path, **where)
@@ -121,18 +152,20 @@ def _config(family: Family, path: str | Path, cls: Any, **where: str) -> Mapping
 def _weights(
     family: Family, path: str | Path, cls: Any, folder: str, dtype: torch.dtype
 ) -> torch.nn.Module:
-    """Loads a model and refuses weights that are missing, foreign or of another shape."""
+    """Loads safetensors and refuses weights that are missing, foreign or of another shape."""
     try:
         module, report = cls.from_pretrained(
-            path, subfolder=folder, dtype=dtype, output_loading_info=True
+            path, subfolder=folder, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise OSError(f"{family.name}: {path}/{folder} must hold weights, got {error}") from error
-    wrong = {name: list(keys) for name, keys in report.items() if keys}
+    # a text encoder may come with the rest of its model: an image encoder, a decoder
+    fine = ("unexpected_keys",) if folder.startswith("text_encoder") else ()
+    wrong = {name: list(keys) for name, keys in report.items() if keys and name not in fine}
     if wrong:
         name, keys = next(iter(wrong.items()))
         raise ValueError(
-            f"{family.name}: {path}/{folder} must hold the weights of {family.transformer}, got "
+            f"{family.name}: {path}/{folder} must hold the weights of {cls.__name__}, got "
             f"{len(keys)} {name.replace('_', ' ')}, such as {keys[0]}"
         )
     return module

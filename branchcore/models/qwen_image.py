@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from branchcore.models.family import Size, Text, too_long
+from branchcore.models.family import Size, Text
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.loading import load
 from branchcore.models.patches import PatchFamily
@@ -50,14 +50,19 @@ class QwenImage(PatchFamily):
                     f"{self.name}: {option} of the transformer must be false, got {config[option]}"
                 )
 
+    def tokens(self, pipe: Any, prompt: str) -> int:
+        """Returns the tokens after the template's own."""
+        whole = pipe.tokenizer(pipe.prompt_template_encode.format(prompt)).input_ids
+        return len(whole) - pipe.prompt_template_encode_start_idx
+
+    def token_limit(self, pipe: Any) -> int:
+        """Returns what neither `max_text_tokens` nor the pipeline's tokenizer cuts."""
+        return min(self.max_text_tokens, pipe.tokenizer_max_length)
+
     def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
         """Encodes by Qwen2.5-VL within the pipeline's template; lengths differ."""
-        template, dropped = pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx
-        for prompt in prompts:
-            tokens = len(pipe.tokenizer(template.format(prompt)).input_ids) - dropped
-            if tokens > self.max_text_tokens:
-                raise too_long(self.name, prompt, tokens, self.max_text_tokens)
-        embeds, mask = pipe.encode_prompt(list(prompts), max_sequence_length=self.max_text_tokens)
+        limit = self.token_limit(pipe)
+        embeds, mask = pipe.encode_prompt(list(prompts), max_sequence_length=limit)
         if mask is None:
             mask = torch.ones(embeds.shape[:2])
         return [{"embeds": row[own.bool()]} for row, own in zip(embeds, mask, strict=True)]
@@ -129,7 +134,8 @@ def from_pretrained(
         width: pixels, a multiple of 16.
         guidance: scale of classifier-free guidance with its norm kept, 1 = off.
         negative_prompt: of the unconditional half.
-        max_text_tokens: tokens of a prompt at most; shorter ones are not padded to it.
+        max_text_tokens: tokens of a prompt at most, up to the pipeline's 1024; shorter ones are
+            not padded to it.
         dtype: of weights and activations; states are fp32.
         device: where the model lives.
 

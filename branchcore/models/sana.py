@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from branchcore.credit import Floats
 from branchcore.models.cross_attention import install
-from branchcore.models.family import Family, Size, Text, too_long
+from branchcore.models.family import Family, Size, Text
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.loading import load
 from branchcore.models.schedules import flow_sigmas, timestep_of
@@ -43,34 +43,33 @@ class Sana(Family):
                 "a configuration with guidance_embeds"
             )
 
-    def latent_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
-        """Returns (32, height / 32, width / 32)."""
-        factor = pipe.vae_scale_factor
-        return (pipe.transformer.config.in_channels, size.height // factor, size.width // factor)
-
     def sigmas(self, pipe: Any, steps: int, latent_shape: tuple[int, ...]) -> Floats:
         """Returns the scheduler's sigmas, DPM-Solver's or Euler's, from 1."""
         return flow_sigmas(self.name, pipe.scheduler, steps)
 
-    def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
-        """Encodes by Gemma 2 after the instruction, whose own tokens are dropped."""
+    def _lines(self, pipe: Any) -> list[str]:
         arguments = inspect.signature(type(pipe).__call__).parameters
         default = arguments["complex_human_instruction"].default
-        lines = default if self.instruction is None else self.instruction
-        return self._encode(pipe, prompts, list(lines))
+        return list(default if self.instruction is None else self.instruction)
+
+    def tokens(self, pipe: Any, prompt: str) -> int:
+        """Returns Gemma's tokens after the instruction's own."""
+        before = "\n".join(self._lines(pipe))
+        # The pipeline keeps the first token and the last max_text_tokens - 1 of the whole.
+        dropped = len(pipe.tokenizer.encode(before)) - 2 if before else 0
+        return len(pipe.tokenizer.encode(before + prompt.lower().strip())) - dropped
+
+    def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
+        """Encodes by Gemma 2 after the instruction, whose own tokens are dropped."""
+        return self._encode(pipe, prompts, self._lines(pipe))
 
     def encode_negative(self, pipe: Any, prompt: str) -> Text:
         """Encodes without the instruction, as the pipeline does."""
+        tokens = len(pipe.tokenizer.encode(prompt.lower().strip()))
+        self.check_length(prompt, tokens, self.max_text_tokens)
         return self._encode(pipe, [prompt], [])[0]
 
     def _encode(self, pipe: Any, prompts: Sequence[str], lines: list[str]) -> list[Text]:
-        before = "\n".join(lines)
-        # The pipeline keeps the first token and the last max_text_tokens - 1 of the whole.
-        dropped = len(pipe.tokenizer.encode(before)) - 2 if lines else 0
-        for prompt in prompts:
-            tokens = len(pipe.tokenizer.encode(before + prompt.lower().strip())) - dropped
-            if tokens > self.max_text_tokens:
-                raise too_long(self.name, prompt, tokens, self.max_text_tokens)
         embeds, mask, _, _ = pipe.encode_prompt(
             prompt=list(prompts),
             do_classifier_free_guidance=False,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from branchcore.credit import Floats
-from branchcore.models.family import Family, Size, Text, scheduler_sigmas, too_long
+from branchcore.models.family import Family, Size, Text, scheduler_sigmas
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.loading import load
 from branchcore.models.schedules import shift_of
@@ -37,11 +37,6 @@ class SD3(Family):
     def __init__(self, max_text_tokens: int = 256) -> None:
         self.max_text_tokens = max_text_tokens
 
-    def latent_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
-        """Returns (16, height / 8, width / 8)."""
-        factor = pipe.vae_scale_factor
-        return (pipe.transformer.config.in_channels, size.height // factor, size.width // factor)
-
     def sigmas(self, pipe: Any, steps: int, latent_shape: tuple[int, ...]) -> Floats:
         """Returns the scheduler's sigmas, shifted by the number of tokens if it asks for that."""
         options: dict[str, float] = {}
@@ -52,13 +47,12 @@ class SD3(Family):
         pipe.scheduler.set_timesteps(steps, **options)
         return scheduler_sigmas(pipe.scheduler)
 
+    def tokens(self, pipe: Any, prompt: str) -> int:
+        """Returns T5's tokens; CLIP cuts at 77, as it does in the pipeline."""
+        return 0 if pipe.text_encoder_3 is None else len(pipe.tokenizer_3(prompt).input_ids)
+
     def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
-        """Encodes by CLIP-L, CLIP-G and T5; CLIP cuts at 77 tokens, as it does in the pipeline."""
-        if pipe.text_encoder_3 is not None:
-            for prompt in prompts:
-                tokens = len(pipe.tokenizer_3(prompt).input_ids)
-                if tokens > self.max_text_tokens:
-                    raise too_long(self.name, prompt, tokens, self.max_text_tokens)
+        """Encodes by CLIP-L, CLIP-G and T5."""
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from branchcore.credit import Floats
 from branchcore.models.cross_attention import install
-from branchcore.models.family import Family, Size, Text, too_long
+from branchcore.models.family import Family, Size, Text
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.loading import load
 from branchcore.models.schedules import flow_sigmas, timestep_of
@@ -34,13 +34,13 @@ class Wan(Family):
     def __init__(self, max_text_tokens: int, integer_timesteps: bool) -> None:
         self.max_text_tokens, self.integer_timesteps = max_text_tokens, integer_timesteps
 
-    def check_size(self, size: Size) -> None:
+    @classmethod
+    def check_size(cls, size: Size) -> None:
         """Raises ValueError unless the size is a multiple of 16 and frames are 4 k + 1."""
         super().check_size(size._replace(frames=1))
         if size.frames < 1 or size.frames % 4 != 1:
-            near = max(0, round((size.frames - 1) / 4)) * 4 + 1
-            got = f"got {size.frames}; try {near}"
-            raise ValueError(f"{self.name}: num_frames must be 4 k + 1, {got}")
+            got, near = size.frames, max(0, round((size.frames - 1) / 4)) * 4 + 1
+            raise ValueError(f"{cls.name}: num_frames must be 4 k + 1, got {got}; try {near}")
 
     def check_config(self, pipeline: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Refuses Wan 2.2 and image-conditioned transformers."""
@@ -70,18 +70,16 @@ class Wan(Family):
         """Returns the scheduler's sigmas, UniPC's or Euler's, from 1."""
         return flow_sigmas(self.name, pipe.scheduler, steps)
 
-    def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
-        """Encodes by UMT5, zeros after a prompt's end."""
+    def tokens(self, pipe: Any, prompt: str) -> int:
+        """Returns UMT5's tokens of the prompt as the pipeline cleans it."""
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-        for prompt in prompts:
-            tokens = len(pipe.tokenizer(prompt_clean(prompt)).input_ids)
-            if tokens > self.max_text_tokens:
-                raise too_long(self.name, prompt, tokens, self.max_text_tokens)
-        length = self.max_text_tokens
-        embeds, _ = pipe.encode_prompt(
-            prompt=list(prompts), do_classifier_free_guidance=False, max_sequence_length=length
-        )
+        return len(pipe.tokenizer(prompt_clean(prompt)).input_ids)
+
+    def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
+        """Encodes by UMT5, zeros after a prompt's end."""
+        options = {"max_sequence_length": self.max_text_tokens}
+        embeds, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **options)
         return [{"embeds": one} for one in embeds]
 
     def predict(

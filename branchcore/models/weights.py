@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from branchcore.models.adapters import NAME, attach, has_lora, lora_layers, set_weights
@@ -153,11 +154,11 @@ def load_lora(model: FlowModel, path: str | Path) -> None:
 
     Args:
         model: with frozen weights.
-        path: of `save_lora`, or another file or folder that the pipeline's `load_lora_weights`
-            reads and that changes linear layers of the transformer only.
+        path: of `save_lora`, or another safetensors file or folder that the pipeline's
+            `load_lora_weights` reads and that changes linear layers of the transformer only.
 
     Raises:
-        OSError: no such file.
+        OSError: no such file, or none of safetensors: pickled weights are not read.
         ValueError: the model is trained already, or the file does not fit the transformer.
         NotImplementedError: the file holds something else than LoRA matrices of the transformer.
     """
@@ -167,9 +168,7 @@ def load_lora(model: FlowModel, path: str | Path) -> None:
         raise OSError(
             f"load_lora: path must be a LoRA file or a folder with {LORA_FILE}, got {path}"
         )
-    found = type(model.pipe).lora_state_dict(
-        str(file), return_lora_metadata=True, return_alphas=True
-    )
+    found = _read_lora(type(model.pipe), file)
     weights, alphas = found[0], found[1] if len(found) == 3 else None
     _check_lora(file, weights, model.module)
     module: Any = model.module
@@ -184,7 +183,20 @@ def load_lora(model: FlowModel, path: str | Path) -> None:
         set_weights(module, {n.removeprefix("transformer."): w for n, w in weights.items()})
 
 
+def _read_lora(pipeline: Any, file: Path) -> tuple[Any, ...]:
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except SafetensorError as error:
+        raise OSError(f"load_lora: {file} must be safetensors, got {error}") from error
+    return pipeline.lora_state_dict(
+        str(file), return_lora_metadata=True, return_alphas=True, use_safetensors=True
+    )
+
+
 def _check_lora(file: Path, weights: Mapping[str, Tensor], module: nn.Module) -> None:
+    if not weights:
+        raise ValueError(f"load_lora: {file} must hold LoRA matrices, got none")
     linear = {n: p.weight for n, p in module.named_modules() if isinstance(p, nn.Linear)}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, weight in weights.items():
@@ -199,7 +211,7 @@ def _check_lora(file: Path, weights: Mapping[str, Tensor], module: nn.Module) ->
         rank = got.get("A", (0,))[0]
         wanted = (
             {"A": (rank, linear[name].shape[1]), "B": (linear[name].shape[0], rank)}
-            if (name in linear)
+            if name in linear
             else {}
         )
         if got != wanted:

@@ -11,6 +11,7 @@ A file of this folder with a function `build` is one; `tests/test_families.py` f
 """
 
 import importlib
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -42,17 +43,23 @@ class Tiny:
         options = default | self.spec.SIZE | self.spec.OPTIONS | options
         return family.from_pretrained(folder or self.folder, **options)
 
-    def sample(self, model, prompts, x, guidance, steps):
-        """Samples by diffusers alone.
+    @cached_property
+    def plain(self):
+        """The pipeline as diffusers loads it, in fp32."""
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def sample(self, model, prompts, x, guidance, steps, pipe=None):
+        """Samples by diffusers alone; `pipe` replaces `plain`.
 
         Returns:
             States and guided predictions of every step, (steps, L, *latent_shape), and the images.
         """
-        from diffusers import DiffusionPipeline
-
-        pipe, seen = DiffusionPipeline.from_pretrained(self.folder, dtype=torch.float32), []
-        pipe.set_progress_bar_config(disable=True)
-        step = pipe.scheduler.step
+        pipe, seen = pipe or self.plain, []
+        step = type(pipe.scheduler).step.__get__(pipe.scheduler)
 
         def recorded(prediction, time, sample, *args, **kwargs):
             seen.append((sample, prediction))

@@ -13,7 +13,7 @@ from torch import nn
 
 from branchcore import _dispatch
 from branchcore.models.accelerate import flux, qwen_image, sana, sd3, wan
-from branchcore.models.accelerate.binding import BlockBinding, Conditioning
+from branchcore.models.accelerate.binding import BlockBinding, Conditioning, as_text
 from branchcore.models.accelerate.verify import Trial, first_weight, structure
 from branchcore.models.sharing import matches
 
@@ -90,7 +90,15 @@ class Acceleration:
         return "\n".join(lines)
 
     def undo(self) -> None:
-        """Gives every block its forward and every attention its processor back."""
+        """Gives every block its forward and every attention its processor back.
+
+        Raises:
+            ValueError: a processor or its backend was changed meanwhile, by `set_attention` say.
+        """
+        for name, block, binding in self._found if self.bound else ():
+            for path in binding.attentions(block):
+                processor, kind = block.get_submodule(path).processor, binding.processors[path][1]
+                _check_unchanged(f"{name}.{path}", processor, kind)
         self._undo.close()
         self.bound, self.calls = {}, Counter()
 
@@ -98,8 +106,8 @@ class Acceleration:
 def accelerate(transformer: nn.Module) -> Acceleration:
     """Replaces norms, modulation, gates, and norms and rotation of queries and keys by fused ops.
 
-    Names of modules and parameters stay as they are; adapters, checkpointing, a `Sharing` and
-    attention backends may come before or after, `torch.compile` after. With a `Sharing`, modulation
+    Names of modules and parameters stay as they are; adapters, checkpointing and a `Sharing` may
+    come before or after, `set_attention` and `torch.compile` after. With a `Sharing`, modulation
     is computed and read once per prompt and noise level. Every kind of block is compared with
     diffusers' own on random weights and inputs, its gradients too, before it is kept. The residual
     behind a block's last layer, cross-attention and the feed-forwards stay with torch.
@@ -179,13 +187,14 @@ def _install(
     undo.callback(delattr, block, "forward")
     for path in binding.attentions(block):
         attention = block.get_submodule(path)
-        undo.callback(_restore, attention, attention.processor)
+        undo.callback(attention.set_processor, attention.processor)
         attention.set_processor(binding.processors[path][1](attention.processor))
 
 
-def _restore(attention: Any, processor: Any) -> None:
-    """Gives an attention its processor back, with the backend chosen meanwhile."""
-    backend = getattr(attention.processor, "_attention_backend", None)
-    if getattr(processor, "_attention_backend", backend) != backend:
-        processor._attention_backend = backend
-    attention.set_processor(processor)
+def _check_unchanged(name: str, processor: Any, kind: Any) -> None:
+    backend = getattr(processor, "_attention_backend", None)
+    if type(processor) is not kind or backend is not None:
+        raise ValueError(
+            f"accelerate: {name} must have the processor that was bound, without a backend, got "
+            f"{type(processor).__name__} with {as_text(backend)}; try undo() of set_attention first"
+        )

@@ -58,11 +58,12 @@ class SoftmaxProcessor:
     """An attention processor of ours; diffusers' `set_attention_backend` reaches it.
 
     Args:
-        replaced: the one whose backend it takes over.
+        replaced: the one that it stands for.
     """
 
+    _attention_backend: Any = None
+
     def __init__(self, replaced: object) -> None:
-        self._attention_backend = getattr(replaced, "_attention_backend", None)
         self._parallel_config = getattr(replaced, "_parallel_config", None)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -120,12 +121,14 @@ class BlockBinding(ABC):
             if wanted == "RMSNorm" and getattr(part, "weight", None) is None:
                 raise unsupported(f"{name}.{path}", "an RMSNorm with a weight", "one without")
         for path in self.attentions(block):
-            wanted, processor = self.processors[path][0], type(_part(block, path).processor)
-            own = processor.__module__.startswith("diffusers.") and processor.__name__ == wanted
-            if not own:
+            wanted, processor = self.processors[path][0], _part(block, path).processor
+            kind, backend = type(processor), getattr(processor, "_attention_backend", None)
+            own = kind.__module__.startswith("diffusers.") and kind.__name__ == wanted
+            if not own or backend is not None:
+                chosen = "" if backend is None else f" with a backend, {as_text(backend)}"
                 raise NotImplementedError(
                     f"accelerate: {name}.{path}.processor must be diffusers' {wanted}, got "
-                    f"{processor.__module__}.{processor.__name__}; try accelerate() first, and "
+                    f"{kind.__module__}.{kind.__name__}{chosen}; try accelerate() first, and "
                     "other changes of attention after it"
                 )
 
@@ -140,6 +143,11 @@ def _part(block: Any, path: str) -> Any:
         return attrgetter(path)(block)
     except AttributeError:
         return None
+
+
+def as_text(backend: object) -> str:
+    """Returns the name of a backend of diffusers."""
+    return str(getattr(backend, "value", backend))
 
 
 def unsupported(where: str, wanted: str, actual: object) -> NotImplementedError:

@@ -25,11 +25,10 @@ class SanaLinearProcessor:
     """o_i = sum_j (q_i . k_j) v_j / sum_j q_i . k_j with q, k >= 0: no softmax, linear in S.
 
     Args:
-        replaced: diffusers' own.
+        _replaced: diffusers' own, of which nothing is taken over.
     """
 
-    def __init__(self, replaced: object) -> None:
-        self.replaced = replaced
+    def __init__(self, _replaced: object) -> None: ...
 
     def __call__(
         self,

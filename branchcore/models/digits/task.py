@@ -11,13 +11,13 @@ from torch import Tensor
 
 from branchcore import checkpoint
 from branchcore.model import Model
+from branchcore.models.commands.task import Flags, Loaded, Settings, refuse
 from branchcore.models.digits.evaluate import evaluate, sample
 from branchcore.models.digits.model import Digits, load_digits_model
 from branchcore.models.digits.pictures import sample_grid
 from branchcore.models.digits.presets import PRESETS, SIGMAS, Preset
 from branchcore.models.digits.prompts import PROMPTS
 from branchcore.models.digits.rewards import DigitsReward
-from branchcore.models.task import Flags, Loaded, Settings, refuse
 from branchcore.recipes.recipe import Recipe
 from branchcore.trainer_config import TrainerConfig
 

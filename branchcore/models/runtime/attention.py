@@ -34,8 +34,8 @@ def set_attention(model: FlowModel, backend: str = "native", *, training: bool =
     The backend is first tried on tiny tensors, on the model's device, in its dtype, head sizes and
     masks, forward and backward, and compared with "native" (fp32 1e-5, fp16 5e-3, bf16 3e-2 of the
     largest value); whatever is wrong is an error and changes nothing. "_flash_3" has no backward
-    in diffusers; its package's own is used instead, which stays registered. `share` and `unshare`
-    change processors: call them first.
+    in diffusers; its package's own is used instead, which stays registered. `share`, `unshare` and
+    `accelerate` change processors: call them first, and take them back last.
 
     Args:
         model: its transformer and `frozen`.
@@ -118,7 +118,9 @@ def _switch(part: Any, backend: str, training: bool) -> Callable[[], None]:
     def restore() -> None:
         processor.__class__ = before
         vars(processor)["_attention_backend"] = chosen
-        part.set_processor(stock)
+        # undone already by what put the stock processor there
+        if part.processor is processor:
+            part.set_processor(stock)
 
     return restore
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from branchcore.packing import balanced_chunks
 Call = Callable[[], Tensor]
 WARM_UP = 3
 """Calls before a capture: libraries choose kernels and allocate workspaces in the first ones."""
+KEPT = 16
+"""Graphs of a transformer; the one unused for longest goes first. Buckets with and without adapters
+are fewer, but texts of another length are other graphs."""
 
 
 class Inputs(NamedTuple):
@@ -87,14 +91,17 @@ class BucketedCalls:
         kinds = [(tuple(value.shape), value.dtype) for value in inputs.tensors()]
         key = (tuple(sorted(inputs.text)), *kinds, off)
         graphs = self._graphs.setdefault(module, {})
-        if key not in graphs:
-            graphs[key] = _Graph(inputs, self.capture(self._call(module, inputs)))
+        graph = graphs.pop(key, None)
+        if graph is None:
+            if len(graphs) == KEPT:
+                del graphs[next(iter(graphs))]
+            graph = _Graph(inputs, self.capture(self._call(module, inputs)))
         else:
-            pairs = zip(graphs[key].inputs.tensors(), inputs.tensors(), strict=True)
-            for static, value in pairs:
+            for static, value in zip(graph.inputs.tensors(), inputs.tensors(), strict=True):
                 static.copy_(value)
+        graphs[key] = graph
         # the next replay overwrites the graph's own result
-        return graphs[key].replay()[:count].clone()
+        return graph.replay()[:count].clone()
 
     def _call(self, module: nn.Module, inputs: Inputs) -> Call:
         family, shape = self.model.family, self.model.latent_shape
@@ -173,7 +180,7 @@ def graph_rollout(model: FlowModel, buckets: Sequence[int] = (1, 2, 4, 8, 16, 32
 
 
 class CudaCapture:
-    """Captures calls on one device; their graphs share one pool of memory.
+    """Captures calls on one device; graphs that are alive together share one pool of memory.
 
     The next replay overwrites a result.
 
@@ -183,29 +190,42 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
+        # torch's own capture stream is on the device of the process's first capture
+        self._beside = torch.cuda.Stream(device)
+        self._pool: Any = None
+        self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, call: Call) -> Call:
         """Returns a function that repeats a call on the same memory."""
         with torch.cuda.device(self.device), torch.no_grad():
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
+            self._beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._beside):
                 for _ in range(WARM_UP):
                     call()
-            torch.cuda.current_stream().wait_stream(beside)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, pool=self.pool):
-                    out = call()
-            except RuntimeError as error:
-                raise RuntimeError(
-                    "graph_rollout: model must neither read nor copy between host and device inside"
-                    f" of a call, got {error}; try undo()"
-                ) from error
+            torch.cuda.current_stream().wait_stream(self._beside)
+            graph, out = self._capture(call)
 
         def replay() -> Tensor:
             graph.replay()
             return out
 
         return replay
+
+    def _capture(self, call: Call) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        if not self._alive:
+            # torch gives a pool up with its last graph, and refuses to use it again
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # threads that score rewards may allocate meanwhile
+        recording = torch.cuda.graph(graph, self._pool, self._beside, "thread_local")
+        try:
+            # a capture that fails leaves its own stream current
+            with torch.cuda.stream(torch.cuda.current_stream()), recording:
+                out = call()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "graph_rollout: model must neither read nor copy between host and device inside"
+                f" of a call, got {error.__context__ or error}; try undo()"
+            ) from error
+        self._alive.add(graph)
+        return graph, out

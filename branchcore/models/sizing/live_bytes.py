@@ -147,6 +147,7 @@ def measure(model: Model, prompt: str, *, rows: tuple[int, int] = (2, 6)) -> Cal
     modules = [m for m in (model.module, getattr(model, "vae", None)) if isinstance(m, nn.Module)]
     device = next(model.module.parameters()).device
     with _off_meta(model, device) as device:
+        model.with_prompts([prompt])  # what encoding leaves is on the host
         with LiveBytes() as live:
             view = model.with_prompts([prompt])
             text = live.now

@@ -15,13 +15,13 @@ from branchcore import recipes, rewards
 from branchcore.model import Model
 from branchcore.models import runtime, weights
 from branchcore.models.accelerate import accelerate
+from branchcore.models.commands.flow_samples import FlowSamples
+from branchcore.models.commands.pictures import save_samples
+from branchcore.models.commands.pipeline_flags import Pipeline
+from branchcore.models.commands.task import Flags, Loaded, Settings
 from branchcore.models.flow_model import FlowModel
-from branchcore.models.flow_samples import FlowSamples
-from branchcore.models.memory import bytes_of, plan_memory
-from branchcore.models.pictures import save_samples
-from branchcore.models.pipeline_flags import Pipeline
 from branchcore.models.sampling import STEPS, sample
-from branchcore.models.task import Flags, Loaded, Settings
+from branchcore.models.sizing.memory import bytes_of, plan_memory
 from branchcore.prompt_files import read_prompts
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward, component_weights, score
@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
 PLANNED = ("prompts_per_round", "max_batch", "tape")
 LORA_LR, FULL_LR = 3e-4, 1e-5
 RANK, NUM_STEPS = 32, 10
+MEASURED = ("eval_prompts", "eval_count", "eval_steps")
 BEFORE = "before.safetensors"
 
 
@@ -88,14 +89,7 @@ class TrainFlags:
     """Budget for the planner, such as 80GB."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "reward_frames",
-            "eval_prompts",
-            "eval_count",
-            "eval_steps",
-            "lora_rank",
-        ):
+        for name in ("steps", "reward_frames", *MEASURED, "lora_rank"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"{_flag(name)} must be at least 1, got {number}")
@@ -159,15 +153,13 @@ class FlowTask:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is generated, what is trained and what is asked of it."""
-        model = self.model
+        """What is generated, what is trained, what is asked of it and how that is measured."""
         return {
-            **weights.facts(model),
-            "size": list(model.size),
-            "guidance": model.guidance,
-            "negative_prompt": model.negative_prompt,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            **weights.facts(self.model),
+            **self.pipeline.facts,
+            **{name: getattr(self.flags, name) for name in MEASURED},
             "rewards": [spec.partition("=")[0] for spec in self.flags.reward],
+            "reward_frames": self.reward_frames,
         }
 
     def settings(self, recipe: str) -> Settings:
@@ -186,15 +178,22 @@ class FlowTask:
                 do the work refuse.
         """
         flags, against = self.flags, recipe.objective
-        if flags.full and not flags.reference and (against.kl or against.anchor == "reference"):
+        compares = bool(against.kl) or against.anchor == "reference"
+        if flags.full and compares and not flags.reference:
             raise ValueError(
                 f"--full must come with --reference for {recipe.name}, whose loss compares with "
                 "the base policy, got none; try --reference or --set kl=0"
+            )
+        if flags.reference and not compares:
+            raise ValueError(
+                f"--reference must come with a loss that compares with it, got {recipe.name} "
+                "without a KL; try --set kl=0.01"
             )
         if flags.memory is not None and any(getattr(config, k) != DEFAULTS[k] for k in PLANNED):
             raise ValueError(f"--memory must come without --set of {PLANNED}, which it chooses")
         device = self.pipeline.device
         self.reward = rewards.build(flags.reward, device=device, frames=self.reward_frames)
+        self._try_reward(config)
         taken = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.model = model = self.pipeline.load()
         if flags.full:
@@ -217,6 +216,12 @@ class FlowTask:
         if flags.preset is not None:
             return Loaded(recipes.preset_of(recipe.name, flags.preset).sigmas, config, notes)
         return Loaded(model.sigmas(self.num_steps), config, notes)
+
+    def _try_reward(self, config: TrainerConfig) -> None:
+        """Scores noise: what is wrong with a reward is said before the model is loaded."""
+        noise = torch.rand(2, *self.pipeline.shape, generator=torch.Generator().manual_seed(0))
+        names = score(self.reward, noise.to(self.pipeline.device), self.prompts[:1] * 2).names
+        component_weights(names, config.reward_weights)
 
     def _accelerate(self) -> list[str]:
         """Switches on what the flags ask for; returns what was done, in sentences."""

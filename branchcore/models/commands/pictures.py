@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MARGIN = 4
-MOST_PIXELS = 4096
+MOST_PIXELS, DOTS = 4096, 100
 STRIP_FRAMES = 4
 FRAME_MS = 60
 LABEL_INCHES, HEADING_INCHES = 1.8, 0.35
+LINE_INCHES, LETTER_INCHES = 0.15, 0.08
+MOST_LINES, LEAST_PANEL_INCHES = 3, 1.0
 
 
 def save_samples(panels: Mapping[str, Tensor], titles: Sequence[str], path: Path) -> list[Path]:
@@ -65,7 +67,7 @@ def tiled(images: Tensor) -> Tensor:
 
 
 def image_grid(panels: Mapping[str, Tensor], titles: Sequence[str], path: Path) -> None:
-    """Draws panels (R, K, 3, H, W) side by side, pixel by pixel up to 4096 across."""
+    """Draws panels (R, K, 3, H, W) side by side, pixel by pixel up to 4096 across or down."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -76,10 +78,9 @@ def image_grid(panels: Mapping[str, Tensor], titles: Sequence[str], path: Path) 
     pictures = {heading: tiled(images) for heading, images in panels.items()}
     widths = [picture.shape[-1] for picture in pictures.values()]
     height = max(picture.shape[-2] for picture in pictures.values())
-    dots = max(1.0, 100.0 * min(1.0, MOST_PIXELS / sum(widths)))
-    across, down = sum(widths) / dots, height / dots
-    if down < 0.3 * len(titles):  # tiny pictures: room for a line of text each
-        across, down = across * 0.3 * len(titles) / down, 0.3 * len(titles)
+    labels = [_label(title) for title in titles]
+    scale = _scale(widths, height, labels)
+    across, down = scale * sum(widths) / DOTS, scale * height / DOTS
     width, total = LABEL_INCHES + across, HEADING_INCHES + down
     figure = Figure(figsize=(width, total))
     FigureCanvasAgg(figure)
@@ -87,23 +88,41 @@ def image_grid(panels: Mapping[str, Tensor], titles: Sequence[str], path: Path) 
     for heading, picture in pictures.items():
         share = across * picture.shape[-1] / sum(widths)
         axis = figure.add_axes((left / width, 0.0, share / width, down / total))
-        _draw(axis, picture, heading)
+        _draw(axis, picture, "nearest" if scale >= 1.0 else "auto")
+        axis.set_title(_end(heading, int(share / LETTER_INCHES)), fontsize=9)
         left += share
-    for row, title in enumerate(titles):
+    for row, label in enumerate(labels):
         centre = down * (1.0 - (row + 0.5) / len(titles)) / total
-        figure.text(0.05 / width, centre, _label(title), fontsize=8, va="center")
-    figure.savefig(path, dpi=100)
+        figure.text(0.05 / width, centre, label, fontsize=8, va="center")
+    figure.savefig(path, dpi=DOTS)
 
 
-def _draw(axis: Any, picture: Tensor, heading: str) -> None:
-    axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
-    axis.set_title(heading, fontsize=9)
+def _scale(widths: Sequence[int], height: int, labels: Sequence[str]) -> float:
+    """Returns by how much panels are enlarged: large ones shrink, tiny ones get text beside."""
+    line = LINE_INCHES * (1 + max(label.count("\n") for label in labels))
+    legible = max(line * len(labels) / height, LEAST_PANEL_INCHES / min(widths)) * DOTS
+    return max(legible, min(1.0, MOST_PIXELS / max(sum(widths), height)))
+
+
+def _draw(axis: Any, picture: Tensor, interpolation: str) -> None:
+    axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation=interpolation, aspect="auto")
     axis.set_axis_off()
 
 
-def _label(title: str, width: int = 26, lines: int = 3) -> str:
-    short = textwrap.wrap(title, width, max_lines=lines, placeholder=" ...")
-    return "\n".join(short).replace("$", r"\$")
+def _label(title: str, width: int = 26) -> str:
+    short = textwrap.wrap(title, width, max_lines=MOST_LINES, placeholder=" ...")
+    return _plain("\n".join(short))
+
+
+def _end(heading: str, letters: int) -> str:
+    """Returns a heading that fits; of a path, the end tells more."""
+    short = heading if len(heading) <= letters else "..." + heading[3 - letters :]
+    return _plain(short)
+
+
+def _plain(text: str) -> str:
+    """Returns text that matplotlib does not take as a formula."""
+    return text.replace("$", r"\$")
 
 
 def animate(panels: Mapping[str, Tensor], path: Path) -> Path:

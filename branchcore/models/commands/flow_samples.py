@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from branchcore.checkpoint import check_like
+from branchcore.models.commands.pictures import save_samples
+from branchcore.models.commands.pipeline_flags import Pipeline
+from branchcore.models.commands.task import Flags
 from branchcore.models.flow_model import FlowModel
-from branchcore.models.pictures import save_samples
-from branchcore.models.pipeline_flags import Pipeline
 from branchcore.models.sampling import HELD_OUT_SEED, STEPS, sample
-from branchcore.models.task import Flags
 from branchcore.models.weights import LORA_FILE, load_lora
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from branchcore.forest import kept_slots
 from branchcore.model import Model
-from branchcore.models.live_bytes import CallBytes
+from branchcore.models.sizing.live_bytes import CallBytes
 from branchcore.packing import balanced_chunks
 from branchcore.plan import Ints, Plan
 from branchcore.recipes.recipe import Recipe

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from branchcore.model import Model
-from branchcore.models.live_bytes import CallBytes, measure
-from branchcore.models.memory_need import Need, check_trained, rollout_calls, trained_nodes
+from branchcore.models.sizing.live_bytes import CallBytes, measure
+from branchcore.models.sizing.memory_need import Need, check_trained, rollout_calls, trained_nodes
 from branchcore.packing import balanced_chunks
 from branchcore.plan import Plan
 from branchcore.recipes.recipe import Recipe
@@ -56,6 +56,8 @@ class MemoryPlan(NamedTuple):
     """Peak bytes of every part of an iteration."""
     trained: int
     """Trained nodes of a round."""
+    decode_batch: int | None
+    """Images per call of the decoder; None = as many as rows, where a model takes no number."""
     limit: str
     """What a larger budget would change first."""
 
@@ -67,6 +69,7 @@ class MemoryPlan(NamedTuple):
     def __str__(self) -> str:
         config, phase = self.config, max(self.phases, key=self.phases.__getitem__)
         fixed = ", ".join(f"{name} {_gb(size)}" for name, size in self.fixed.items() if size)
+        decoded = "" if self.decode_batch is None else f", {self.decode_batch} decoded at once"
         return "\n".join(
             [
                 f"memory: {_gb(self.peak)} of {_gb(self.budget)} ({_gb(self.usable)} usable), most "
@@ -75,7 +78,7 @@ class MemoryPlan(NamedTuple):
                 "  " + ", ".join(f"{name} {_gb(size)}" for name, size in self.phases.items()),
                 f"  chosen: {config.prompts_per_round} of {config.prompts_per_iteration} prompts "
                 f"per round, {config.max_batch} rows per call, {config.tape} of {self.trained} "
-                "trained nodes of a round on the tape",
+                f"trained nodes of a round on the tape{decoded}",
                 f"  limit: {self.limit}",
             ]
         )
@@ -95,10 +98,12 @@ def plan_memory(
     """Chooses prompts per round, rows per call and taped nodes: the fastest that fits.
 
     Work is counted in rows of a forward: a call of N rows is N + 1, a backward twice that, and a
-    trained node that is on no tape one more forward. The plan is that of iteration 0.
+    trained node that is on no tape one more forward. The plan is that of iteration 0. Images are
+    decoded in calls of what then fits.
 
     Args:
-        model: as it will run, what is trained switched on; on any device, also "meta".
+        model: as it will run, what is trained switched on; on any device, also "meta". Its
+            `decode_batch`, if it has one, is replaced.
         recipe: of the run.
         config: of the run; its prompts_per_round, max_batch and tape are replaced.
         budget: bytes of the device.
@@ -116,6 +121,9 @@ def plan_memory(
     """
     check_trained(model)
     need = Need.of(model, recipe, config, cost or measure(model, prompt))
+    apart = hasattr(model, "decode_batch")
+    if apart:
+        need = need._replace(decode_batch=1)
     usable = math.floor(budget * (1.0 - margin)) - reserved
     options = list(_options(need, usable))
     if not options:
@@ -133,6 +141,9 @@ def plan_memory(
         config, prompts_per_round=best.prompts, max_batch=best.rows, tape=best.tape
     )
     rounds = len(balanced_chunks(config.prompts_per_iteration, best.prompts))
+    if apart:
+        need = _widest_decode(need, plan, rounds, best, usable)
+        vars(model)["decode_batch"] = need.decode_batch
     return MemoryPlan(
         config=chosen,
         budget=budget,
@@ -140,6 +151,7 @@ def plan_memory(
         fixed=need.fixed,
         phases=need.phases(plan, rounds, best.rows, best.tape),
         trained=trained,
+        decode_batch=need.decode_batch,
         limit=_limit(best, trained, plan, rounds),
     )
 
@@ -181,6 +193,15 @@ def _options(need: Need, usable: int) -> Iterable[Option]:
             if fits(0):
                 tape = 0 if need.lags else _largest(len(trained_nodes(plan)), fits)
                 yield Option(rounds * _work(plan, rows, tape), prompts, rows, tape)
+
+
+def _widest_decode(need: Need, plan: Plan, rounds: int, best: Option, usable: int) -> Need:
+    def fits(images: int) -> bool:
+        phases = need._replace(decode_batch=images).phases(plan, rounds, best.rows, best.tape)
+        return max(phases.values()) <= usable
+
+    most = min(best.rows, int(plan.leaf.sum()))
+    return need._replace(decode_batch=max(1, _largest(most, fits)))
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from branchcore.models import family_module
-from branchcore.models.family import Family
+from branchcore.models.commands.task import Flags, refuse
+from branchcore.models.family import Family, Size
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.loading import check_class
-from branchcore.models.task import Flags, refuse
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_PLACES = ("path", "device")
 
 
 class Pipeline:
@@ -26,7 +27,8 @@ class Pipeline:
         others: names of flags that are somebody else's.
 
     Raises:
-        ValueError: no path, a flag that this family does not have, a pipeline of another class.
+        ValueError: no path, a flag or a size that this family does not have, a pipeline of another
+            class.
         OSError: no such folder.
     """
 
@@ -42,15 +44,23 @@ class Pipeline:
         self._options: dict[str, Any] = {k: given[k] for k in given if k in own and k != "path"}
         if "dtype" in flags:
             self._options["dtype"] = DTYPES[flags["dtype"]]
-        self.frames: int | None = None
+        chosen = {k: self._options.get(k, parameter.default) for k, parameter in own.items()}
+        self.frames: int | None = chosen.get("num_frames")
         """Of a video model; None for images."""
-        if "num_frames" in own:
-            self.frames = self._options.get("num_frames", own["num_frames"].default)
+        frames = () if self.frames is None else (self.frames,)
+        self.shape: tuple[int, ...] = (*frames, 3, chosen["height"], chosen["width"])
+        """Of an image (3, H, W) or a video (F, 3, H, W)."""
+        kinds = (str, int, float, type(None))
+        self.facts = {k: v for k, v in chosen.items() if k not in _PLACES and isinstance(v, kinds)}
+        """What is asked of the pipeline, defaults included: it changes what is generated."""
+        self.facts["dtype"] = str(chosen["dtype"]).removeprefix("torch.")
         self._options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(self._options["device"])
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device must be one that torch can use, got cuda without a GPU")
-        check_class(self._family(), self.path)
+        family = self._family()
+        family.check_size(Size(chosen["height"], chosen["width"], *frames))
+        check_class(family, self.path)
 
     def _family(self) -> type[Family]:
         classes = [c for c in vars(self._module).values() if inspect.isclass(c)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from branchcore.models import family_module
 from branchcore.models.family import Family, Text
 from branchcore.models.flow_model import FlowModel
-from branchcore.models.published import SHAPES, Shape
+from branchcore.models.sizing.published import SHAPES, Shape
 
 __all__ = ["SHAPES", "Shape", "build", "build_vae", "family_of", "flow_model", "inputs", "texts"]
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"

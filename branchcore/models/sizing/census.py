@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from branchcore.models import shapes
 from branchcore.models.family import Family
 from branchcore.models.flow_model import FlowModel
-from branchcore.models.shapes import Shape
 from branchcore.models.sharing import matches
+from branchcore.models.sizing import shapes
+from branchcore.models.sizing.shapes import Shape
 
 Part = Literal["attention", "MLP", "projections", "text K/V", "prompt and level", "other"]
 """Scores and values; feed-forward; QKV and output; text keys and values of cross-attention; what
@@ -86,11 +86,12 @@ def _text_keys(model: FlowModel) -> tuple[str, ...]:
 def _count(model: FlowModel, keys: Sequence[str], rows: int, prompts: int, levels: int) -> Census:
     view = model.with_prompts([str(p) for p in range(prompts)])
     index = np.arange(rows)
-    view.announce((index % levels + 1) / levels, index * prompts // rows)
     x = torch.empty(rows, *model.latent_shape, device="meta")
-    number = torch.empty(rows, device="meta")
+    sigma = torch.empty(rows, device="meta")
+    prompt = sigma.long()
+    view.announce(sigma, prompt, (index % levels + 1) / levels, index * prompts // rows)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        view.velocity(x, number, number.long())
+        view.velocity(x, sigma, prompt)
     flops = {str(name): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     parameters = sum(p.numel() for p in model.module.parameters())
     return Census(rows, _parts(model, keys, flops), parameters)

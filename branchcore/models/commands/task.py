@@ -20,7 +20,7 @@ from branchcore.trainer_config import TrainerConfig
 
 MODELS = {
     "digits": "branchcore.models.digits.task",
-    **dict.fromkeys(FAMILIES, "branchcore.models.flow_task"),
+    **dict.fromkeys(FAMILIES, "branchcore.models.commands.flow_task"),
 }
 OUTPUTS = ("metrics.jsonl", "curves.png", "samples.png", "lora", "transformer")
 """What a run may leave in its folder beside checkpoints."""

@@ -1,0 +1,1 @@
+"""How the command line drives real models: flags, training, samples, pictures."""

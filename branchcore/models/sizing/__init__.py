@@ -1,0 +1,1 @@
+"""What published models cost, before anything is loaded: shapes, FLOPs, bytes."""
