@@ -22,7 +22,6 @@ from branchcore import ops
 NUM_ELEMENTS = {"sd35-512": 65_536, "flux-1024": 262_144, "wan-480p": 2_096_640}
 TINY = {"sd35-512": 96, "wan-480p": 257}
 PARENTS, CHILDREN = 8, 3
-MANY = 64
 BF16, F32 = torch.bfloat16, torch.float32
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]

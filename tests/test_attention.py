@@ -206,7 +206,7 @@ def test_fused_blocks_come_before_a_backend_and_go_after_it(name, training, load
 def test_the_joint_processor_equals_diffusers(load):
     from diffusers.models.attention_processor import JointAttnProcessor2_0
 
-    from branchcore.models.runtime.joint_attention import JointAttention
+    from branchcore.models.softmax_attention import JointAttention
 
     model = load(dtype=torch.float64)
     blocks = model.module.transformer_blocks

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from branchcore.models.sharing import Sharing, fold_attention, matches
+from branchcore.models.softmax_attention import SoftmaxProcessor
 
 
-class CrossAttention:
+class CrossAttention(SoftmaxProcessor):
     """A diffusers attention processor for `WanAttention` and for SANA's `Attention`.
 
     All attention goes through diffusers' dispatcher, so that `set_attention_backend` reaches it;
@@ -25,9 +26,8 @@ class CrossAttention:
             has keys and values of its own.
     """
 
-    _attention_backend: Any = None
-
     def __init__(self, sharing: Sharing | None = None) -> None:
+        super().__init__()
         self.sharing = sharing
 
     def __call__(
@@ -62,18 +62,12 @@ class CrossAttention:
         key = _heads(attn, _normed(attn.norm_k, attn.to_k(text)))
         value = _heads(attn, attn.to_v(text))
         if fold is None:
-            out = self._attend(query, key, value, mask)
+            out = self.dispatch(query, key, value, mask)
         else:
-            out = fold_attention(self._attend, query, key, value, mask, fold)
+            out = fold_attention(self.dispatch, query, key, value, mask, fold)
         out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(query.dtype)))
         factor = getattr(attn, "rescale_output_factor", 1.0)
         return out if factor == 1.0 else out / factor
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        backend = self._attention_backend
-        return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend)
 
 
 def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,10 +84,9 @@ class Family(ABC):
         factor = pipe.vae_scale_factor
         return (pipe.transformer.config.in_channels, size.height // factor, size.width // factor)
 
+    @abstractmethod
     def sigmas(self, pipe: Any, steps: int, latent_shape: tuple[int, ...]) -> Floats:
         """Returns the pipeline's own (steps + 1,) noise levels, the last 0."""
-        pipe.scheduler.set_timesteps(steps)
-        return scheduler_sigmas(pipe.scheduler)
 
     @abstractmethod
     def encode(self, pipe: Any, prompts: Sequence[str]) -> list[Text]:
@@ -167,9 +165,3 @@ class Family(ABC):
     def fold_cross_attention(self, transformer: nn.Module, sharing: Sharing) -> list[str]:
         """Computes text keys and values of cross-attention once per prompt; returns the names."""
         return []
-
-
-def scheduler_sigmas(scheduler: Any) -> Floats:
-    """Returns a scheduler's sigmas in float64, with the last 0."""
-    sigmas = np.asarray(scheduler.sigmas.double().cpu())
-    return sigmas if sigmas[-1] == 0.0 else np.append(sigmas, 0.0)

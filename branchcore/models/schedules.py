@@ -8,7 +8,12 @@ import numpy as np
 from torch import Tensor
 
 from branchcore.credit import Floats
-from branchcore.models.family import scheduler_sigmas
+
+
+def scheduler_sigmas(scheduler: Any) -> Floats:
+    """Returns a scheduler's sigmas in float64, with the last 0."""
+    sigmas = np.asarray(scheduler.sigmas.double().cpu())
+    return sigmas if sigmas[-1] == 0.0 else np.append(sigmas, 0.0)
 
 
 def shift_of(scheduler: Any, tokens: int, *, max_shift: float = 1.15) -> float:

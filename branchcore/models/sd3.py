@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from branchcore.credit import Floats
-from branchcore.models.family import Family, Size, Text, scheduler_sigmas
+from branchcore.models.family import Family, Size, Text
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.loading import load
-from branchcore.models.schedules import shift_of
+from branchcore.models.schedules import scheduler_sigmas, shift_of
 
 
 class SD3(Family):

@@ -54,31 +54,6 @@ class Conditioning:
         return None if rows is None or rows.count != num_samples else rows.distinct(kind)
 
 
-class SoftmaxProcessor:
-    """An attention processor of ours; diffusers' `set_attention_backend` reaches it.
-
-    Args:
-        replaced: the one that it stands for.
-    """
-
-    _attention_backend: Any = None
-
-    def __init__(self, replaced: object) -> None:
-        self._parallel_config = getattr(replaced, "_parallel_config", None)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns attention of (B, S, H, D) tensors as (B, S, H D)."""
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        out = dispatch_attention_fn(
-            *(q, k, v),
-            attn_mask=mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        return out.flatten(2, 3).to(q.dtype)
-
-
 class BlockBinding(ABC):
     """One class of blocks: what it must look like, and its forward by fused ops."""
 
@@ -219,11 +194,6 @@ def finish(norm: Any, feed: nn.Module, x: Tensor, y: Tensor, own: Tables, row: T
     """Adds what attention gave a stream, and its feed-forward."""
     residual, normed = modulate(norm, x, own.scale_ff, own.shift_ff, row, y, own.gate)
     return gated(residual, feed(normed), own.gate_ff, row)
-
-
-def heads(x: Tensor, layers: Sequence[Callable[[Tensor], Tensor]], channels: int) -> list[Tensor]:
-    """Projects (B, S, C) by each layer to (B, S, H, D)."""
-    return [layer(x).unflatten(-1, (-1, channels)) for layer in layers]
 
 
 def normalise(

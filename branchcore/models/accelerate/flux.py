@@ -12,16 +12,15 @@ from branchcore.models.accelerate.binding import (
     BlockBinding,
     Conditioning,
     Draw,
-    SoftmaxProcessor,
     angles,
     enter,
     finish,
     gated,
-    heads,
     modulate,
     normalise,
     refuse,
 )
+from branchcore.models.softmax_attention import SoftmaxProcessor, heads
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, (S, D) fp32, over [text, image]."""

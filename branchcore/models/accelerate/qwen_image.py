@@ -12,14 +12,13 @@ from branchcore.models.accelerate.binding import (
     BlockBinding,
     Conditioning,
     Draw,
-    SoftmaxProcessor,
     Tables,
     finish,
-    heads,
     modulate,
     normalise,
     refuse,
 )
+from branchcore.models.softmax_attention import SoftmaxProcessor, heads
 
 Rotation = tuple[Tensor, Tensor]
 """Unit complex numbers, (S, D / 2), of the image and of the text."""

@@ -13,11 +13,11 @@ from branchcore.models.accelerate.binding import (
     Draw,
     Tables,
     gated,
-    heads,
     modulate,
     normalise,
     refuse,
 )
+from branchcore.models.softmax_attention import heads
 from branchcore.reference.edges import wide
 
 

@@ -5,50 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from branchcore.models.accelerate.binding import (
     BlockBinding,
     Conditioning,
     Draw,
-    SoftmaxProcessor,
     Tables,
     finish,
     gated,
-    heads,
     modulate,
     normalise,
     refuse,
 )
+from branchcore.models.softmax_attention import JointAttention
 
 
-class JointProcessor(SoftmaxProcessor):
-    """Attention over [image, text], or over the image alone; SD3 before 3.5 has no norms."""
+class JointProcessor(JointAttention):
+    """The same with norms fused; where there are none, diffusers' processor stays."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns what attention gives the image, (B, S, C), and the text if it is given."""
-        refuse(attn, attention_mask=attention_mask)
-        channels = attn.inner_dim // attn.heads
-        q, k, v = heads(hidden_states, (attn.to_q, attn.to_k, attn.to_v), channels)
-        q, k = normalise(q, k, attn.norm_q, attn.norm_k)
-        text = encoder_hidden_states
-        if text is None:
-            return attn.to_out[1](attn.to_out[0](self.attend(q, k, v)))
-        q_text, k_text, v_text = heads(
-            text, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), channels
-        )
-        q_text, k_text = normalise(q_text, k_text, attn.norm_added_q, attn.norm_added_k)
-        joint = (torch.cat(pair, 1) for pair in ((q, q_text), (k, k_text), (v, v_text)))
-        image, text = self.attend(*joint).split([q.shape[1], text.shape[1]], 1)
-        image = attn.to_out[1](attn.to_out[0](image))
-        return image, text if attn.context_pre_only else attn.to_add_out(text)
+    def normed(self, q: Tensor, k: Tensor, norm_q: Any, norm_k: Any) -> tuple[Tensor, Tensor]:
+        """Norms queries and keys in one pass."""
+        return normalise(q, k, norm_q, norm_k)
 
 
 class JointBlock(BlockBinding):

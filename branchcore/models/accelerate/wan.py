@@ -11,15 +11,14 @@ from branchcore.models.accelerate.binding import (
     BlockBinding,
     Conditioning,
     Draw,
-    SoftmaxProcessor,
     Tables,
     angles,
     gated,
-    heads,
     modulate,
     normalise,
     refuse,
 )
+from branchcore.models.softmax_attention import SoftmaxProcessor, heads
 from branchcore.reference.edges import wide
 
 

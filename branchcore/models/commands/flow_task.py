@@ -212,6 +212,7 @@ class FlowTask:
             budget, prompt = bytes_of(flags.memory), self.prompts[0]
             plan = plan_memory(model, recipe, config, budget, prompt=prompt, reserved=taken)
             config, notes = plan.config, [*notes, str(plan)]
+            model.decode_batch = plan.decode_batch
         self.config = config
         if flags.preset is not None:
             return Loaded(recipes.preset_of(recipe.name, flags.preset).sigmas, config, notes)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from branchcore.models.cross_attention import CrossAttention
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.runtime.change import Change
-from branchcore.models.runtime.joint_attention import JointAttention
 from branchcore.models.runtime.probe import Case, Mask, probe
+from branchcore.models.softmax_attention import JointAttention
 
 DISPATCHING: dict[str, Callable[[], Any]] = {
     "JointAttnProcessor2_0": JointAttention,

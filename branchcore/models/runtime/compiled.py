@@ -43,13 +43,15 @@ def compile_blocks(model: FlowModel, **options: Any) -> Change:
     rejoin = [_leave(transformer, sharing) for transformer, sharing in copies if sharing]
     import torch._dynamo.config as dynamo
 
-    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
+    limit = dynamo.recompile_limit
+    dynamo.recompile_limit = max(limit, GRAPHS)
     for block in blocks:
         block.compile(**{"dynamic": True, **options})
 
     def undo() -> None:
         for block in blocks:
             block._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage]
+        dynamo.recompile_limit = limit
         for share_again in rejoin:
             share_again()
 

@@ -57,7 +57,8 @@ class MemoryPlan(NamedTuple):
     trained: int
     """Trained nodes of a round."""
     decode_batch: int | None
-    """Images per call of the decoder; None = as many as rows, where a model takes no number."""
+    """Images per call of the decoder, for the model's attribute of this name; None = as many as
+    rows, where a model takes no number."""
     limit: str
     """What a larger budget would change first."""
 
@@ -102,8 +103,7 @@ def plan_memory(
     decoded in calls of what then fits.
 
     Args:
-        model: as it will run, what is trained switched on; on any device, also "meta". Its
-            `decode_batch`, if it has one, is replaced.
+        model: as it will run, what is trained switched on; on any device, also "meta".
         recipe: of the run.
         config: of the run; its prompts_per_round, max_batch and tape are replaced.
         budget: bytes of the device.
@@ -143,7 +143,6 @@ def plan_memory(
     rounds = len(balanced_chunks(config.prompts_per_iteration, best.prompts))
     if apart:
         need = _widest_decode(need, plan, rounds, best, usable)
-        vars(model)["decode_batch"] = need.decode_batch
     return MemoryPlan(
         config=chosen,
         budget=budget,
