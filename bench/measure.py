@@ -6,7 +6,7 @@ import ctypes
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -116,8 +116,19 @@ def tape_states(
     return max(int(share * (free / one - max_batch)), 0)
 
 
-def pair_cost(view: Any, device: torch.device, rows: int = 64, repeats: int = 5) -> float:
-    """Returns forward + backward over forward, in CPU seconds on the CPU, at a large batch."""
+class Costs(NamedTuple):
+    """What model calls cost, in forwards of the engine's own."""
+
+    pair: float
+    """Forward and backward."""
+    released_forward: float
+    """A forward as the released loops call it."""
+    released_pair: float
+    """A forward and backward as they call it: with guidance, both halves have a graph."""
+
+
+def call_costs(view: Any, device: torch.device, rows: int = 64, repeats: int = 5) -> Costs:
+    """Measures costs at a large batch, in turn; in CPU seconds on the CPU."""
     x = torch.zeros(rows, *view.latent_shape, device=device)
     sigma, prompt = torch.full((rows,), 0.5, device=device), torch.zeros(rows, dtype=torch.int64)
     prompt = prompt.to(device)
@@ -128,12 +139,21 @@ def pair_cost(view: Any, device: torch.device, rows: int = 64, repeats: int = 5)
             return time.perf_counter()
         return time.process_time()
 
-    ratios = []
-    for _ in range(repeats + 1):
+    def timed(call: Any, backward: bool) -> float:
         start = now()
-        with torch.no_grad():
-            view.velocity(x, sigma, prompt)
-        middle = now()
-        view.velocity(x, sigma, prompt).sum().backward()
-        ratios.append((now() - middle) / (middle - start))
-    return float(np.median(ratios[1:]))
+        with torch.set_grad_enabled(backward):
+            v = call(x, sigma, prompt)
+        if backward:
+            v.sum().backward()
+        return now() - start
+
+    released = getattr(view, "released_velocity", None)
+    found: list[tuple[float, float, float]] = []
+    for _ in range(repeats + 1):
+        one = timed(view.velocity, False)
+        pair = timed(view.velocity, True) / one
+        if released is None:
+            found.append((pair, 1.0, pair))
+        else:
+            found.append((pair, timed(released, False) / one, timed(released, True) / one))
+    return Costs(*(float(value) for value in np.median(found[1:], axis=0)))

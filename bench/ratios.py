@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from measure import median_ci, paired_ratio
+from measure import Costs, median_ci, paired_ratio
 from plans import BASES, PLANS
 from plans.task import STAGES, Clock
 from work import Work
@@ -66,17 +66,17 @@ def summary(samples: list[Sample], work: Work, clock: Headline = "cpu") -> dict[
 
 
 def ratios(
-    plans: dict[str, Any], pair: float, clock: Headline = "cpu", tape: int | None = None
+    plans: dict[str, Any], costs: Costs, clock: Headline = "cpu", tape: int | None = None
 ) -> dict[str, Any]:
     """Returns "A/B": times B's time over A's, and what forwards and backwards alone predict.
 
     Args:
         plans: what `summary` says of each.
-        pair: forward + backward over forward.
+        costs: of model calls.
         clock: whose interval is given.
         tape: states whose graph was kept at most; None = all. The others cost a pair each.
     """
-    units = {name: _units(name, plans[name], pair, tape) for name in plans}
+    units = {name: _units(name, plans[name], costs, tape) for name in plans}
     # what is required was set for the default benchmark on a CPU
     targets = targets_of(plans) if clock == "cpu" else {}
     found = {}
@@ -104,11 +104,12 @@ def targets_of(plans: dict[str, Any]) -> dict[str, float]:
     return TARGETS | {f"engine/{fastest}": FASTEST_TARGET}
 
 
-def _units(name: str, plan: dict[str, Any], pair: float, tape: int | None) -> float:
+def _units(name: str, plan: dict[str, Any], costs: Costs, tape: int | None) -> float:
+    forward, pair = (1.0, costs.pair) if PLANS[name].trains == "tape" else costs[1:]
     again = 0 if tape is None else max(plan["P"] - tape, 0)
     trained = {
         "edges": pair * plan["E"],
         "parents": pair * plan["P"],
         "tape": (pair - 1.0) * plan["P"] + again,
     }
-    return plan["F"] + trained[PLANS[name].trains]
+    return forward * plan["F"] + trained[PLANS[name].trains]

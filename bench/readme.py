@@ -93,7 +93,8 @@ def tree_throughput_sd3(result: dict[str, Any]) -> str:
             f"{config['dtype']}, one thread. A released loop pays the unconditional half with its "
             "graph and detaches it afterwards; the engine keeps it out of the graph, and computes "
             "text, time and modulation once per prompt and noise level. On this size overhead of "
-            "small batches is most of the difference; by FLOPs alone exact:flow/flow is 1.9.",
+            "small batches is part of the difference: by the measured cost of large calls alone "
+            f"exact:flow/flow would be {result['ratios']['exact:flow/flow']['predicted']:.1f}x.",
             "",
             *plans_and_ratios(result),
         ]
@@ -195,6 +196,75 @@ def aot(result: dict[str, Any]) -> str:
     )
 
 
+def pruning(result: dict[str, Any]) -> str:
+    """Formats what pruning costs in variance and saves in time."""
+    variance = [
+        [
+            f"{r['rate']:g}",
+            f"{r['share']:.2f}",
+            *(f"{r[f'{name}_ratio']:.2f}" for name in ("rows", "uniform")),
+        ]
+        for r in result["variance"]
+    ]
+    whole = next(t for t in result["times"] if (t["rule"], t["path"]) == ("all", "tape"))
+    times = [
+        [
+            t["rule"],
+            "on the tape" if t["path"] == "tape" else "no tape",
+            f"{t['kept_share']:.2f}",
+            f"{t['cpu_s']:.2f}",
+            f"{t['ratio']:.2f}",
+            f"{t['cpu_s'] / whole['cpu_s']:.2f}",
+        ]
+        for t in result["times"]
+    ]
+    return "\n".join(
+        [
+            "    python bench/pruning.py --prompts 20 --rounds 6 --json bench/results/pruning.json",
+            "",
+            f"Added variance against DPPO's `threshold` rule at equal expected cost, on "
+            f"{result['trees']} recorded trees of the digits model with the gradient of every "
+            "parent measured, and the CPU seconds of an update at half the parents, in turn with "
+            "the whole one:",
+            "",
+            markdown(("rate of `threshold`", "kept", "`optimal`", "`uniform`"), variance),
+            "",
+            markdown(
+                ("rule", "where", "kept", "CPU s", "of all, same way", "of all on the tape"), times
+            ),
+            "",
+            where(result["meta"]),
+        ]
+    )
+
+
+def packing(result: dict[str, Any]) -> str:
+    """Formats how full calls are."""
+    rows = [
+        [
+            r["set"],
+            r["space"],
+            *(f"{r['density_by_window'][window]:.3f}" for window in ("1", "64")),
+            f"{r['density_sorted']:.3f}",
+            f"{r['ms']['100000']:.0f} ms",
+        ]
+        for r in result["rows"]
+    ]
+    head = ("set", "tokens of a call", "next-fit", "window 64", "all sorted", "100,000 items")
+    return "\n".join(
+        [
+            "    python bench/packing.py --json bench/results/packing.json",
+            "",
+            "Filled share of calls of `packing.pack`, 20,000 rows of mixed sizes, which the script "
+            "describes; `clips` are stills and 33-frame videos of 512 to 1024 pixels a side.",
+            "",
+            markdown(head, rows),
+            "",
+            where(result["meta"]),
+        ]
+    )
+
+
 def census(result: dict[str, Any]) -> str:
     """Formats the work of published models, and what sharing saves of it."""
     kinds = ("attention", "MLP", "projections", "text K/V", "prompt and level")
@@ -237,6 +307,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits_training": ("digits_training.json", digits_training),
     "aot": ("aot.json", aot),
     "census": ("census.json", census),
+    "pruning": ("pruning.json", pruning),
+    "packing": ("packing.json", packing),
 }
 
 

@@ -26,7 +26,7 @@ import torch
 from attempts import write_json
 from checks import run_checks
 from machine import facts, load_average
-from measure import keep_freed_memory, pair_cost
+from measure import call_costs, keep_freed_memory
 from plans import CORE, PLANS
 from ratios import clock_of, ratios
 from rounds import ROUNDS, Bench, Samples
@@ -38,9 +38,9 @@ DEFAULT_PROMPTS = {"digits": 16}
 DEFAULT_BUDGET = {"core": 110.0, "all": 420.0}
 GPU_CORE = [name for name in CORE if not name.endswith("branch_mix")]
 FOOTER = """
-predicted: forward = 1, forward + backward = {pair:.2f} (measured); the rest is batching and
-overhead. MiB: growth of the peak {memory} within one iteration. exact:x/x is the same gradient.
-engine/x is another estimator, at equal leaves and not at equal gradient variance; tempflow and
+predicted: forward = 1, forward + backward = {pair:.2f}; as released {released_forward:.2f} and
+{released_pair:.2f} (measured); the rest is batching and overhead. MiB: growth of the peak {memory}
+within one iteration. exact:x/x is the same gradient. engine/x is another estimator, at equal leaves and not at equal gradient variance; tempflow and
 g2rpo score leaves at every step of a trunk, so that they have no equal. Batch 1, as released, costs
 a small model mostly overhead; steel:x is the same loop batched."""
 
@@ -102,14 +102,14 @@ def time_plans(chosen: argparse.Namespace, start: float, result: dict[str, Any])
     bench = Bench(load, chosen.plans, chosen.prompts)
     end, clock = start + chosen.budget, clock_of(load.device)
     rows = {"cpu": 64}.get(load.device.type, load.max_batch or 64)
-    pair = pair_cost(bench.task(chosen.plans[0], 1).view, load.device, rows)
+    costs = call_costs(bench.task(chosen.plans[0], 1).view, load.device, rows)
     limits = {"tape": bench.load.tape, "max_batch": load.max_batch}
-    result["config"] |= {"clock": clock, "pair_over_forward": pair, **limits}
+    result["config"] |= {"clock": clock, "costs": costs._asdict(), **limits}
 
     def fill_in(samples: Samples) -> None:
         plans = {name: bench.summary(name, samples[name], memory[name]) for name in bench.names}
         result["config"]["rounds"] = len(next(iter(samples.values())))
-        found = ratios(plans, pair, clock, bench.load.tape)
+        found = ratios(plans, costs, clock, bench.load.tape)
         result.update(plans=plans, ratios=found)
         if bench.too_large:
             result["too_large"] = bench.too_large
@@ -122,7 +122,11 @@ def time_plans(chosen: argparse.Namespace, start: float, result: dict[str, Any])
         bench.rounds(bar, end, fill_in)
     print_plans(result["plans"], chosen.prompts, clock)
     print_ratios(result["ratios"], clock)
-    print(FOOTER.format(pair=pair, memory="resident set" if clock == "cpu" else "CUDA allocation"))
+    print(
+        FOOTER.format(
+            **costs._asdict(), memory="resident set" if clock == "cpu" else "CUDA allocation"
+        )
+    )
     for name, error in bench.too_large.items():
         print(f"\nnot timed, out of memory: {name}: {error.splitlines()[0]}")
 

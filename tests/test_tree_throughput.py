@@ -23,6 +23,7 @@ import ratios  # noqa: E402
 import tree_throughput  # noqa: E402
 import work  # noqa: E402
 import workload  # noqa: E402
+from measure import Costs  # noqa: E402
 from plans import BASES, CORE, PLANS  # noqa: E402
 from plans.exact import exact  # noqa: E402
 from plans.steps import Seen, dpm_step, flow_step, log_prob, ratio_norm  # noqa: E402
@@ -347,7 +348,7 @@ def timed(**seconds):
 
 def test_the_fastest_release_at_equal_leaves_has_the_engine_target():
     plans = timed(dance=8.0, mix=4.0, tempflow=1.0, engine=0.5, exact_of_mix=2.0)
-    found = ratios.ratios(plans, pair=3.0)
+    found = ratios.ratios(plans, costs=Costs(3.0, 1.0, 3.0))
     assert list(found) == ["exact:mix/mix", "engine/dance", "engine/mix"]
     assert found["engine/mix"]["target"] == ratios.FASTEST_TARGET == 4.0
     assert found["engine/dance"]["target"] is None
@@ -364,7 +365,7 @@ def test_on_a_gpu_wall_time_is_the_headline_and_nothing_is_required():
         plans[name]["rounds_wall_s"] = [1.0, 1.0, 1.0]
     for plan in plans.values():
         plan["rounds_cpu_s"] *= 3
-    found = ratios.ratios(plans, pair=3.0, clock="wall", tape=1)
+    found = ratios.ratios(plans, costs=Costs(3.0, 1.0, 3.0), clock="wall", tape=1)
     assert (found["engine/dance"]["wall"], found["engine/dance"]["cpu"]) == (5.0, 4.0)
     assert found["engine/dance"]["ci95"] == (4.0, 6.0)
     assert [row["target"] for row in found.values()] == [None, None]
@@ -386,8 +387,34 @@ def test_a_gpu_times_the_shapes_of_sd35m_and_leaves_the_mixed_form_out():
 
 
 def test_a_release_that_trains_by_parent_is_predicted_so():
-    found = ratios.ratios(timed(g2rpo=8.0, exact_of_g2rpo=2.0), pair=3.0)
+    found = ratios.ratios(timed(g2rpo=8.0, exact_of_g2rpo=2.0), costs=Costs(3.0, 1.0, 3.0))
     assert found["exact:g2rpo/g2rpo"]["predicted"] == 16 / 14
+
+
+def test_guidance_as_released_is_predicted_at_its_own_cost():
+    found = ratios.ratios(timed(flow=8.0, exact_of_flow=2.0), costs=Costs(2.0, 1.5, 5.0))
+    # 1.5 of 10 forwards and 5 of 4 edges released, 10 + 1 P on the tape
+    assert found["exact:flow/flow"]["predicted"] == 35 / 12
+
+
+def test_costs_of_calls_tell_the_released_form_apart():
+    class View:
+        latent_shape = (4096,)
+        weight = torch.ones(4096, 64, requires_grad=True)
+
+        def velocity(self, x, sigma, prompt):
+            return (x @ self.weight) @ self.weight.T
+
+        def released_velocity(self, x, sigma, prompt):
+            return self.velocity(x.repeat(4, 1), sigma, prompt)
+
+    costs = measure.call_costs(View(), CPU, rows=256)
+    assert costs.pair > 1.5
+    assert costs.released_forward > 2.0
+    assert costs.released_pair > 2.0 * costs.pair
+    del View.released_velocity
+    plain = measure.call_costs(View(), CPU)
+    assert (plain.released_forward, plain.released_pair) == (1.0, plain.pair)
 
 
 def test_core_is_the_default_and_a_part_of_all():

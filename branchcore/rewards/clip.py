@@ -6,6 +6,7 @@ Also the part that PickScore and HPSv2 share: a CLIP model that gives cosines. N
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,6 +20,19 @@ from branchcore.rewards.pretrained import (
     load_weights,
     transformers,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class ClipOptions(TypedDict, total=False):
+    """How a CLIP scorer is loaded and called; see `ClipCosine`."""
+
+    processor: str | Path | None
+    batch: int
+    frames: int | None
+    device: torch.device | str
+    dtype: torch.dtype
 
 
 class ClipCosine:
@@ -35,6 +49,7 @@ class ClipCosine:
             `path`.
         batch: images and prompts per model call.
         frames: frames of a video that are scored, evenly spaced; the score is their mean.
+            None for images.
         device: where the scorer lives.
         dtype: of the model; the cosine is taken in fp32.
 
@@ -46,12 +61,12 @@ class ClipCosine:
         self,
         where: str,
         path: str | Path,
-        processor: str | Path | None,
         *,
-        batch: int,
-        frames: int | None,
-        device: torch.device | str,
-        dtype: torch.dtype,
+        processor: str | Path | None = None,
+        batch: int = 16,
+        frames: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         check_clip(where, path, processor)
         check_positive(where, batch=batch, frames=frames)
@@ -97,28 +112,18 @@ class ClipScore:
     """CLIP score, `{"clip": 100 cos(image, prompt)}`; at most 77 tokens of a prompt count.
 
     Args:
-        path, processor, batch, frames, device, dtype: see `ClipCosine`; made for
-            openai/clip-vit-large-patch14.
+        path: see `ClipCosine`; made for openai/clip-vit-large-patch14.
         floor: take max(0, cosine), as the paper does.
+        options: of `ClipCosine`.
 
     Source: Hessel et al. 2021, CLIPScore (2.5 max(0, cos)); the factor 100 is that of CLIP's logits
     and of torchmetrics.
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        *,
-        processor: str | Path | None = None,
-        floor: bool = False,
-        batch: int = 16,
-        frames: int | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, path: str | Path, *, floor: bool = False, **options: Unpack[ClipOptions]
     ) -> None:
-        self.cosine = ClipCosine(
-            "ClipScore", path, processor, batch=batch, frames=frames, device=device, dtype=dtype
-        )
+        self.cosine = ClipCosine("ClipScore", path, **options)
         self.floor = floor
 
     def __call__(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from branchcore.rewards.clip import ClipCosine
+from branchcore.rewards.clip import ClipCosine, ClipOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class HPSv2:
@@ -21,27 +24,18 @@ class HPSv2:
     transformers converts any OpenCLIP ViT: q, k and v of `in_proj_*` apart, projections transposed.
 
     Args:
-        path, processor, batch, frames, device, dtype: see `ClipCosine`.
+        path: see `ClipCosine`.
         times_100: the percentage that some papers print, instead of the published cosine.
+        options: of `ClipCosine`.
 
     Source: Wu et al. 2023, Human Preference Score v2; tgxs002/HPSv2 `img_score.py` (it runs under
     fp16 autocast, and so agrees to about 1e-3).
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        *,
-        processor: str | Path | None = None,
-        times_100: bool = False,
-        batch: int = 16,
-        frames: int | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, path: str | Path, *, times_100: bool = False, **options: Unpack[ClipOptions]
     ) -> None:
-        self.cosine = ClipCosine(
-            "HPSv2", path, processor, batch=batch, frames=frames, device=device, dtype=dtype
-        )
+        self.cosine = ClipCosine("HPSv2", path, **options)
         self.scale = 100.0 if times_100 else 1.0
 
     def __call__(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
