@@ -40,9 +40,10 @@ GPU_CORE = [name for name in CORE if not name.endswith("branch_mix")]
 FOOTER = """
 predicted: forward = 1, forward + backward = {pair:.2f}; as released {released_forward:.2f} and
 {released_pair:.2f} (measured); the rest is batching and overhead. MiB: growth of the peak {memory}
-within one iteration. exact:x/x is the same gradient. engine/x is another estimator, at equal leaves and not at equal gradient variance; tempflow and
-g2rpo score leaves at every step of a trunk, so that they have no equal. Batch 1, as released, costs
-a small model mostly overhead; steel:x is the same loop batched."""
+within one iteration. exact:x/x is the same gradient. engine/x is another estimator, at equal leaves
+and not at equal gradient variance; tempflow and g2rpo score leaves at every step of a trunk, so
+that they have no equal. Batch 1, as released, costs a small model mostly overhead; steel:x is the
+same loop batched."""
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
