@@ -6,12 +6,17 @@
 Variance: BranchGRPO's trees on the digits model, the gradient of every trained parent measured by
 itself. DPPO's threshold rule against optimal probabilities of the same expected cost, tree by tree,
 by the exact formula sum (1/p - 1) |g|^2 with the measured norms. `rows` knows only what the engine
-knows before any backward (advantages and step rows), `measured` is given the norms. With
---iterations the policy is trained first, so that its KL has a gradient.
+knows before any backward (advantages and step rows), `history` no advantage of these trees either
+(of ten others, by depth), `measured` is given the norms. With --iterations the policy is trained
+first, so that its KL has a gradient.
 
 Time: process seconds of an update (coins included) at half the parents against all, same trees,
-interleaved; medians of the pairs. detach = no tape, forward and backward; tape = backward only. The
-KL's reference forward is in both.
+interleaved; medians of the pairs. detach = no tape, forward and backward; tape = backward only, of
+whole calls where coins fall before the rollout, masked where they fall after it. The KL's reference
+forward is in all.
+
+Width: the masked backward against the whole one and against computing the kept rows again, for
+transformers of diffusers' SD3 classes, 2 blocks, --rows rows, --kept of them kept.
 """
 
 import argparse
@@ -50,6 +55,12 @@ class Tree(NamedTuple):
     """(U,) squared norms that the rows predict."""
     measured: np.ndarray
     """(U,) squared norms of the gradients."""
+    slope2: np.ndarray
+    """(U,) what the rows alone predict of the squared norms, per squared advantage."""
+    depth: np.ndarray
+    """(U,) of the edges."""
+    size2: np.ndarray
+    """(U,) mean squared advantage of its edges."""
 
 
 class Bench:
@@ -66,15 +77,15 @@ class Bench:
                 model = self.task.model, self.task.prompts, self.task.reward
                 Trainer(*model, self.recipe, config, Path(out) / "run").run()
 
-    def batch(self, uids: list[int], iteration: int, tape: int = 0, off_tape: Any = None) -> Batch:
+    def batch(self, uids: list[int], iteration: int, **options: Any) -> Batch:
         plan = self.recipe.plan(uids, seed=SEED, iteration=iteration)
         prompts = [self.task.prompts[(7 * uid) % len(self.task.prompts)] for uid in uids]
         where = {"seed": SEED, "iteration": iteration, "max_batch": 128}
         model = self.task.model
-        grown = grow(plan, model, self.recipe, prompts, uids, tape=tape, off_tape=off_tape, **where)
+        options = {"tape": 0, **options}
+        grown = grow(plan, model, self.recipe, prompts, uids, **where, **options)
         scores = score(self.task.reward, grown.images, grown.prompts)
-        options = {"iteration": iteration, "reward_weights": self.weights}
-        return finish(grown, scores, self.recipe, **options)
+        return finish(grown, scores, self.recipe, iteration=iteration, reward_weights=self.weights)
 
     def pruning(self, **options: Any) -> Pruning:
         return Pruning(PruningConfig(**options), self.recipe, SEED)
@@ -101,15 +112,28 @@ class Bench:
             measured[unit] = float(self.gradient(batch, one).square().sum())
         scores = unbiased.unit_scores(units, batch.credit.advantage)
         rows = unbiased.gradient_norm2(plan, units, slope_E)
-        return Tree(scores[live], float(scores.mean()), rows[live], measured[live])
+        rest = self._by_depth(plan, units, a_E2.sum(1) ** 2)
+        return Tree(
+            scores[live], float(scores.mean()), rows[live], measured[live], *(a[live] for a in rest)
+        )
+
+    def _by_depth(self, plan: Any, units: Any, a2_E: np.ndarray) -> tuple[np.ndarray, ...]:
+        count = np.bincount(units.owner)
+        slope2_E = self.recipe.objective.slope(plan, units.edges) ** 2
+        slope2_E *= (plan.mix[units.edges] ** 2).sum(1)
+        slope2, size2 = (np.bincount(units.owner, values) for values in (slope2_E, a2_E))
+        return slope2, plan.depth[units.node] + 1, size2 / count
 
 
-def variances(tree: Tree, rate: float, floor: float = 0.1) -> dict[str, float]:
+def variances(tree: Tree, past: list[Tree], rate: float, floor: float = 0.1) -> dict[str, float]:
     """Returns added variance of each rule at the threshold rule's expected cost."""
+    depths, sizes = (np.concatenate([getattr(t, n) for t in past]) for n in ("depth", "size2"))
+    known = np.array([sizes[depths == d].mean() for d in tree.depth])
     low = tree.score < tree.mean * (1 - 1e-6)
     p = np.where(low, 1.0 - rate, 1.0)
     one, share = np.ones(len(p)), float(p.mean())
     norms = {"rows": tree.rows, "measured": tree.measured, "score": tree.score**2}
+    norms["history"] = tree.slope2 * known
     chosen = {
         name: unbiased.optimal_probability(np.sqrt(g2), one, share, min(floor, share))
         for name, g2 in norms.items()
@@ -123,7 +147,11 @@ def variance_rows(trees: list[Tree], rates: list[float]) -> list[dict[str, Any]]
     """Returns one row per rate: ratios to the threshold rule, of sums and by tree."""
     rows: list[dict[str, Any]] = []
     for rate in rates:
-        found = [variances(tree, rate) for tree in trees]
+        half = len(trees) // 2
+        found = [
+            variances(t, trees[half:] if i < half else trees[:half], rate)
+            for i, t in enumerate(trees)
+        ]
         total = {name: sum(f[name] for f in found) for name in found[0]}
         rows.append(
             {
@@ -132,7 +160,7 @@ def variance_rows(trees: list[Tree], rates: list[float]) -> list[dict[str, Any]]
                 "threshold_in_signal": round(total["threshold"] / total["signal"], 4),
                 **{
                     f"{name}_ratio": round(total[name] / total["threshold"], 4)
-                    for name in ("rows", "measured", "score", "uniform")
+                    for name in ("rows", "history", "measured", "score", "uniform")
                 },
                 "rows_ratio_median": round(
                     statistics.median(f["rows"] / f["threshold"] for f in found), 4
@@ -146,10 +174,12 @@ def timed(bench: Bench, rounds: int, prompts: int) -> list[dict[str, Any]]:
     """Times the update at half the parents and at all, in turn."""
     half = {
         "uniform": bench.pruning(rule="uniform", rate=0.5, draw="fixed"),
+        "history": bench.pruning(rule="history", rate=0.5),
         "optimal": bench.pruning(rule="optimal", rate=0.5),
         "all": bench.pruning(rule="uniform"),
     }
-    arms = [("all", 0), ("uniform", 0), ("optimal", 0), ("all", 10**6), ("uniform", 10**6)]
+    rules = ("all", "uniform", "history", "optimal")
+    arms = [(rule, tape) for tape in (0, 10**6) for rule in rules]
     uids = list(range(prompts))
     seconds: dict[tuple[str, int], list[float]] = {arm: [] for arm in arms}
     kept: dict[tuple[str, int], list[float]] = {arm: [] for arm in arms}
@@ -157,7 +187,13 @@ def timed(bench: Bench, rounds: int, prompts: int) -> list[dict[str, Any]]:
         for arm in arms if turn % 2 else arms[::-1]:
             name, tape = arm
             plan = bench.recipe.plan(uids, seed=SEED, iteration=turn)
-            batch = bench.batch(uids, turn, tape, half[name].ahead(plan, uids, turn))
+            batch = bench.batch(
+                uids,
+                turn,
+                tape=tape,
+                off_tape=half[name].ahead(plan, uids, turn),
+                masked_backward=half[name].late,
+            )
             bench.task.model.module.zero_grad(set_to_none=True)
             start = time.process_time()
             weight, sums = half[name].weights(batch, iteration=turn)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from branchcore.masked_backward import MaskedBackward
 from branchcore.noise import LATENT, Noise
 from branchcore.plan import Ints, Plan
 
@@ -49,6 +50,8 @@ class Forest:
     evaluated: NDArray[np.bool_]
     """(M,) nodes whose velocity the rollout computed."""
     tape: list[TapePart] = field(default_factory=list[TapePart])
+    masked: MaskedBackward | None = None
+    """What counts the rows of the tape's backwards, if they leave out rows without a gradient."""
     calls: int = 0
     """Model calls of the rollout."""
 

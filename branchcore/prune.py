@@ -147,13 +147,27 @@ def _through(plan: Plan, leaves: Ints) -> Floats:
     return alive.astype(np.float64)
 
 
+def _credited(plan: Plan) -> Ints:
+    """(M,) the row whose value is a leaf's: the last stochastic edge that leads to it alone.
+
+    Credits by depth or sibling judge stochastic edges only and leave 0 on a deterministic tail.
+    """
+    own = np.arange(len(plan))
+    source = own.copy()
+    for lo, hi in plan.levels()[1:]:
+        up = plan.parent[lo:hi]
+        tail = ~plan.stochastic[lo:hi] & (plan.leaves_below[up] == 1)
+        source[lo:hi] = np.where(tail, source[up], source[lo:hi])
+    return np.where(plan.stochastic[source], source, own)
+
+
 def _select(plan: Plan, value_M: Floats, choose: Callable[[Floats], Ints]) -> Floats:
     """(M,) weights of the leaves that `choose` takes from the values of each prompt's."""
-    leaves = np.flatnonzero(plan.leaf)
+    leaves, source = np.flatnonzero(plan.leaf), _credited(plan)
     kept: list[Ints] = [np.zeros(0, dtype=np.int64)]
     for prompt in range(plan.num_prompts):
         mine = leaves[plan.prompt[leaves] == prompt]
-        kept.append(mine[choose(value_M[mine])])
+        kept.append(mine[choose(value_M[source[mine]])])
     return _through(plan, np.concatenate(kept))
 
 

@@ -22,6 +22,7 @@ from branchcore.packing import balanced_chunks
 from branchcore.plan import Ints, Plan
 from branchcore.prune import BIASED
 from branchcore.pruning_config import PruningConfig
+from branchcore.pruning_sums import Sums, sums_of
 from branchcore.recipes.recipe import Recipe
 from branchcore.stages import Batch
 from branchcore.unbiased import Kept, Units
@@ -47,42 +48,6 @@ class Draw(NamedTuple):
     """(updates,) trained edges, those of dropped prompts included: the normalisers."""
 
 
-class Sums(NamedTuple):
-    """What an iteration kept: prompts, and sums over the units that have a gradient."""
-
-    prompts: float = 0.0
-    rolled_out: float = 0.0
-    parents: float = 0.0
-    kept: float = 0.0
-    expected: float = 0.0
-    weight: float = 0.0
-    weight2: float = 0.0
-    added: float = 0.0
-    norm2: float = 0.0
-
-    def plus(self, other: Sums) -> Sums:
-        """Returns the sums over both."""
-        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
-
-    def metrics(self) -> dict[str, float]:
-        """Returns the shares that were kept and what they cost in variance.
-
-        `prompts_share` was rolled out; of the parents of those, over all passes, `kept_share`, on
-        average `expected_share`; `parents_saved` is what ran no training pass, `effective_parents`
-        (sum w)^2 / sum w^2 of the coins' weights, `added_variance` the formula's, in sum |g|^2,
-        with the norms that the rows predict (`unbiased.gradient_norm2`).
-        """
-        parents = max(self.parents, 1.0)
-        return {
-            "prompts_share": self.rolled_out / max(self.prompts, 1.0),
-            "kept_share": self.kept / parents,
-            "expected_share": self.expected / parents,
-            "effective_parents": self.weight**2 / self.weight2 if self.weight2 else 0.0,
-            "added_variance": self.added / self.norm2 if self.norm2 else 0.0,
-            "parents_saved": self.parents - self.kept,
-        }
-
-
 class Weights(NamedTuple):
     """Edge weights of one pass."""
 
@@ -106,6 +71,9 @@ class Pruning:
     def __init__(self, config: PruningConfig, recipe: Recipe, seed: int) -> None:
         self.config, self.recipe, self.seed = config, recipe, seed
         self.history: dict[int, float] = {}
+        """Running mean |advantage| of every prompt index seen."""
+        self.steps: dict[int, float] = {}
+        """Running mean squared advantage of the trained edges at every depth seen."""
         for name, value in _COUPLED:
             if config.prompts and recipe.options.get(name) == value:
                 raise ValueError(
@@ -153,9 +121,12 @@ class Pruning:
                 weight[uid] = 1.0 / (1.0 - rate)
         return weight
 
-    def state(self) -> dict[str, float]:
-        """Returns the running score of every prompt index seen, ready for JSON."""
-        return {str(index): score for index, score in self.history.items()}
+    def state(self) -> dict[str, dict[str, float]]:
+        """Returns what is remembered of prompts and steps, ready for JSON."""
+        return {
+            name: {str(key): value for key, value in known.items()}
+            for name, known in (("prompts", self.history), ("steps", self.steps))
+        }
 
     def load(self, state: Mapping[str, Any], where: Path | str) -> None:
         """Takes a state back.
@@ -163,25 +134,28 @@ class Pruning:
         Raises:
             ValueError: it is damaged; names `where`.
         """
-        for index, score in state.items():
-            if not (index.isdecimal() and isinstance(score, float) and 0.0 <= score < math.inf):
-                raise ValueError(
-                    f"Pruning: {where} must hold a score >= 0 per prompt index, got "
-                    f"{score!r} for {index!r}"
-                )
-        self.history = {int(index): float(score) for index, score in state.items()}
+        for name, into in (("prompts", self.history), ("steps", self.steps)):
+            into.clear()
+            for key, value in state[name].items():
+                if not (key.isdecimal() and isinstance(value, float) and 0.0 <= value < math.inf):
+                    raise ValueError(
+                        f"Pruning: {where} must hold a number >= 0 per key of {name}, got "
+                        f"{value!r} for {key!r}"
+                    )
+                into[int(key)] = value
 
     def remember(self, indices: Ints, batches: Sequence[Batch]) -> None:
-        """Updates the running mean |advantage| of the prompts that were rolled out."""
-        for batch in batches if self.config.prompts else ():
-            plan, edges = batch.forest.plan, batch.forest.plan.trained()
-            size = batch.credit.advantage[edges].sum(1)
-            total = np.bincount(plan.prompt[edges], size, plan.num_prompts)
-            count = np.bincount(plan.prompt[edges], minlength=plan.num_prompts)
-            for prompt, uid in enumerate(batch.uids):
-                index, now = int(indices[uid]), float(total[prompt] / max(count[prompt], 1))
-                old = self.history.get(index, now)
-                self.history[index] = _MEMORY * old + (1.0 - _MEMORY) * now
+        """Updates the running means with all trained edges of what was rolled out."""
+        if self.config.prompts:
+            for batch in batches:
+                plan, edges = batch.forest.plan, batch.forest.plan.trained()
+                data = indices[[*batch.uids]][plan.prompt[edges]]
+                _remember(self.history, data, batch.credit.advantage[edges].sum(1))
+        if self.config.rule == "history":
+            every = [(b.forest.plan.trained(), b) for b in batches]
+            depths = [b.forest.plan.depth[edges] for edges, b in every]
+            sizes = [b.credit.advantage[edges].sum(1) ** 2 for edges, b in every]
+            _remember(self.steps, np.concatenate(depths), np.concatenate(sizes))
 
     def weigh(self, batch: Batch, prompt_weight: Mapping[int, float]) -> Batch:
         """Returns a batch with the weights of its prompts and of a biased pruner multiplied in."""
@@ -192,20 +166,36 @@ class Pruning:
             weight = weight * pruner(plan, batch.credit.value, self.config.rate)
         return batch._replace(weight=weight * of_prompt[plan.prompt])
 
-    def ahead(self, plan: Plan, uids: Sequence[int], iteration: int) -> NDArray[np.bool_] | None:
-        """Returns (M,) parents that the first pass is sure to drop, or None: no tape for them.
+    @property
+    def late(self) -> bool:
+        """Some of what is dropped is known after the rewards only."""
+        return self.config.late or self.recipe.prune_by_value
 
-        Only the uniform rule knows them before the rewards.
+    def tape(self, asked: int | None) -> int | None:
+        """Returns the nodes of the tape: as asked, else all unless pruning makes them a waste.
+
+        A node on the tape costs its backward even if dropped after the rewards, where the model is
+        small; one off the tape a forward and a backward if it is kept.
         """
-        if not self.config.unbiased or self.config.needs_scores:
-            return None
-        units = unbiased.trained_units(plan, 0, self.recipe.objective.together)
-        p = np.full(len(units.node), 1.0 - self.config.rate)
-        kept = self._keep(plan, units, p, uids, iteration, 0)
-        edges = units.edges[kept.weight[units.owner] == 0.0]
+        share = self.config.share if self.config.late else 0.5
+        return 0 if asked is None and self.late and share < 2.0 / 3.0 else asked
+
+    def ahead(self, plan: Plan, uids: Sequence[int], iteration: int) -> NDArray[np.bool_] | None:
+        """Returns (M,) parents that the first pass is sure to drop, or None: no tape for them."""
+        left = np.ones(len(plan))
+        if not self.recipe.prune_by_value:
+            left *= self.recipe.prune(plan, np.zeros(len(plan)), iteration)
+        if not self.config.late and self.config.rule in BIASED:
+            left *= BIASED[self.config.rule](plan, np.zeros(len(plan)), self.config.rate)
+        if not self.config.late and self.config.unbiased:
+            units = unbiased.trained_units(plan, 0, self.recipe.objective.together)
+            kept = self._keep(plan, units, self._before(plan, units), uids, iteration, 0)
+            left[units.edges] *= kept.weight[units.owner]
+        edges = plan.trained(0)
         dropped = np.zeros(len(plan), dtype=bool)
-        dropped[plan.action[edges]] = True
-        return dropped
+        dropped[plan.action[edges[left[edges] == 0.0]]] = True
+        dropped[plan.action[edges[left[edges] != 0.0]]] = False
+        return dropped if dropped.any() else None
 
     def weights(self, batch: Batch, *, iteration: int, update: int = 0, inner: int = 0) -> Weights:
         """Draws the edge weights of one pass over a batch.
@@ -231,12 +221,12 @@ class Pruning:
         paid[units.owner[np.isin(units.edges, edges[batch.weight[edges] != 0.0])]] = True
         if not config.unbiased:
             kept = Kept(np.ones(len(live)), np.ones(len(live)))
-            return Weights(batch.weight, _sums(units, kept, norm2, live, paid))
+            return Weights(batch.weight, sums_of(units, kept, norm2, live, paid))
         p = self._probability(batch, units, norm2, paid)
         kept = self._keep(plan, units, p, batch.uids, iteration, inner)
         weight = batch.weight.copy()
         weight[units.edges] *= kept.weight[units.owner]
-        return Weights(weight, _sums(units, kept, norm2, live, paid))
+        return Weights(weight, sums_of(units, kept, norm2, live, paid))
 
     def _slope(self, batch: Batch, edges: Ints) -> Floats:
         plan, (plus, minus) = batch.forest.plan, batch.credit.advantage[edges].T
@@ -250,18 +240,36 @@ class Pruning:
         score = unbiased.unit_scores(units, batch.credit.advantage, self.config.score)
         if self.config.rule == "threshold":
             return unbiased.threshold_probability(score, units.prompt, rate)
-        p = np.full(len(units.node), 1.0 - rate)
+        if self.config.rule == "optimal":
+            return self._optimal(units, norm2, paid)
+        return self._before(batch.forest.plan, units)
+
+    def _before(self, plan: Plan, units: Units) -> Floats:
+        """(U,) keep probabilities that no advantage of this iteration has a part in."""
+        every = np.ones(len(units.node), dtype=bool)
+        if self.config.rule == "uniform":
+            return self._optimal(units, np.zeros(len(every)), every)
+        slope_E = self.recipe.objective.slope(plan, units.edges)
+        size_E = np.array([self.steps.get(int(d), 1.0) for d in plan.depth[units.edges]])
+        norm2 = np.zeros(len(every))
+        np.add.at(norm2, units.owner, slope_E**2 * size_E * (plan.mix[units.edges] ** 2).sum(1))
+        return self._optimal(units, norm2, every)
+
+    def _optimal(self, units: Units, norm2: Floats, paid: NDArray[np.bool_]) -> Floats:
+        """(U,) `optimal_probability` of every prompt's units that are paid for, 1 - rate else."""
+        share = 1.0 - self.config.rate
+        p = np.full(len(units.node), share)
         for prompt in np.unique(units.prompt):
             mine = units.prompt == prompt
-            if (1.0 - rate) * mine.sum() < 1.0:
+            if share * mine.sum() < 1.0:
                 raise ValueError(
                     f"Pruning: rate must leave one of a prompt's {mine.sum()} parents on average, "
-                    f"got {rate}"
+                    f"got {self.config.rate}"
                 )
             mine &= paid
-            if self.config.rule == "optimal" and mine.any():
-                norm, cost = np.sqrt(norm2[mine]), units.cost[mine]
-                p[mine] = unbiased.optimal_probability(norm, cost, 1.0 - rate, self.config.floor)
+            norm, cost = np.sqrt(norm2[mine]), units.cost[mine]
+            if norm.any():
+                p[mine] = unbiased.optimal_probability(norm, cost, share, self.config.floor)
         return p
 
     def _keep(
@@ -275,18 +283,8 @@ class Pruning:
         return kept if most is None else Kept(np.minimum(kept.weight, most), kept.probability)
 
 
-def _sums(
-    units: Units, kept: Kept, norm2: Floats, live: NDArray[np.bool_], paid: NDArray[np.bool_]
-) -> Sums:
-    """Returns the sums of a pass: `paid` units are left by the recipe's pruner, then come coins."""
-    weight = np.where(paid, kept.weight, 0.0)[live]
-    cost, p = units.cost[live], np.where(paid, kept.probability, 0.0)[live]
-    return Sums(
-        parents=float(cost.sum()),
-        kept=float(cost[weight > 0.0].sum()),
-        expected=float(cost @ p),
-        weight=float(weight.sum()),
-        weight2=float(weight @ weight),
-        added=unbiased.added_variance(kept.probability[paid], norm2[paid]),
-        norm2=float(norm2[paid].sum()),
-    )
+def _remember(known: dict[int, float], key_n: Ints, value_n: Floats) -> None:
+    """Moves the running mean of every key that occurs towards the mean of its values."""
+    for key in np.unique(key_n):
+        now = float(value_n[key_n == key].mean())
+        known[int(key)] = _MEMORY * known.get(int(key), now) + (1.0 - _MEMORY) * now

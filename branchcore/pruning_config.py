@@ -7,7 +7,11 @@ from typing import Any, Literal
 
 from branchcore.prune import BIASED
 
-UNBIASED = ("uniform", "threshold", "optimal")
+UNBIASED = ("uniform", "history", "threshold", "optimal")
+BELOW_MEAN = 0.5751
+"""P(|A| < E|A|) of a normal A: DPPO's candidates."""
+_LATE = frozenset({"threshold", "optimal", *BIASED}) - {"first_steps"}
+_SHARES = {"none": 1.0, "zero_advantage": 1.0, "parent_top1": 0.5}
 _FLOOR = 0.1
 
 
@@ -21,15 +25,16 @@ class PruningConfig:
 
     rule: str = "none"
     """uniform: all parents alike; threshold: DPPO, those whose score is below their prompt's mean;
-    optimal: the least added variance for its cost; or a pruner of `prune.BIASED` by name."""
+    optimal: the least added variance for its cost; history: the same from each step's advantages in
+    past iterations, so that coins fall before the rollout; or a pruner of `prune.BIASED`."""
     rate: float = 0.0
-    """uniform, optimal: expected share of the cost that is dropped; threshold: probability of a
-    candidate; biased pruners: share of the leaves that is dropped. In [0, 1)."""
+    """uniform, history, optimal: expected share of the cost that is dropped; threshold: probability
+    of a candidate; biased pruners: share of the leaves that is dropped. In [0, 1)."""
     floor: float = _FLOOR
-    """optimal: least keep probability p_min, so that no weight exceeds 1 / floor."""
+    """history, optimal: least keep probability p_min, so that no weight exceeds 1 / floor."""
     draw: Literal["bernoulli", "fixed"] = "bernoulli"
     """bernoulli: independent coins, weight 1/p; fixed: floor(rate m) of a prompt's m candidates
-    without replacement, weight m / (m - floor(rate m)); not for optimal, whose p differ."""
+    without replacement, weight m / (m - floor(rate m)); for uniform and threshold, of one p."""
     score: Literal["mean", "max"] = "mean"
     """threshold: over the |advantage| of a parent's edges."""
     prompts: float = 0.0
@@ -67,7 +72,7 @@ class PruningConfig:
         """Raises ValueError for values that the rule does not read, and for a hidden bias."""
         unread = {
             "rate": self.rate and self.rule in ("none", "zero_advantage", "parent_top1"),
-            "floor": self.floor != _FLOOR and self.rule != "optimal",
+            "floor": self.floor != _FLOOR and self.rule not in ("history", "optimal"),
             "draw": self.draw != "bernoulli" and self.rule not in ("uniform", "threshold"),
             "score": self.score != "mean" and self.rule != "threshold",
             "biased": self.biased and self.cap is None,
@@ -78,7 +83,7 @@ class PruningConfig:
                     f"PruningConfig: {name} must be left out for rule {self.rule!r} and cap "
                     f"{self.cap}, which do not read it, got {getattr(self, name)!r}"
                 )
-        if self.rule == "optimal" and not 0.0 < self.floor <= 1.0 - self.rate:
+        if self.rule in ("history", "optimal") and not 0.0 < self.floor <= 1.0 - self.rate:
             raise ValueError(
                 f"PruningConfig: floor must be in (0, 1 - rate] = (0, {1.0 - self.rate:g}], got "
                 f"{self.floor}"
@@ -95,6 +100,12 @@ class PruningConfig:
         return self.rule in UNBIASED and self.rate > 0.0
 
     @property
-    def needs_scores(self) -> bool:
-        """Coins fall after the rewards, too late to keep a parent off the tape."""
-        return self.unbiased and self.rule != "uniform"
+    def late(self) -> bool:
+        """What is dropped is known after the rewards: too late to keep a parent off the tape."""
+        return self.rule in _LATE and (self.rate > 0.0 or self.rule not in UNBIASED)
+
+    @property
+    def share(self) -> float:
+        """Share of the trained parents that is kept on average; a guess where advantages decide."""
+        candidates = BELOW_MEAN if self.rule == "threshold" else 1.0
+        return _SHARES.get(self.rule, 1.0 - self.rate * candidates)

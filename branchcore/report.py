@@ -18,8 +18,6 @@ from branchcore.pruning_config import PruningConfig
 from branchcore.recipes.recipe import Recipe, Sigmas
 
 BACKWARD = 2.0
-BELOW_MEAN = 0.5751
-"""P(|A| < E|A|) of a normal A: DPPO's candidates."""
 
 
 class Tape(NamedTuple):
@@ -148,10 +146,9 @@ def _forecast(pruning: PruningConfig, recipe: Recipe, plan: Plan) -> list[str]:
         return []
     tape = tape_of(recipe, plan)
     guess = pruning.rule == "threshold"
-    share = 1.0 - pruning.rate * (BELOW_MEAN if guess else 1.0)
-    kept = share * tape.parents
+    kept = pruning.share * tape.parents
     # coins that fall after the rewards are too late for the tape
-    again = kept - (0.0 if pruning.needs_scores else share * tape.covered)
+    again = kept - (0.0 if pruning.late else pruning.share * tape.covered)
     others = other_forwards(recipe, plan, round(kept))
     units = plan.counts().forwards + others + BACKWARD * kept + again
     return [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from branchcore import ops
 from branchcore.forest import Forest, TapePart, edge_noise, kept_slots, noise_rows, upload
+from branchcore.masked_backward import MaskedBackward
 from branchcore.model import VelocityModel, call_velocity
 from branchcore.noise import Noise
 from branchcore.packing import balanced_chunks
@@ -34,6 +36,7 @@ def rollout(
     max_batch: int | None = None,
     keep_velocity: bool | None = None,
     off_tape: NDArray[np.bool_] | None = None,
+    masked_backward: bool = False,
     given: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -52,6 +55,7 @@ def rollout(
         keep_velocity: store the velocities of trained nodes as v_old; None = if the plan has later
             updates, which need them: re-noised states of later updates are then evaluated too.
         off_tape: (M,) nodes that are known to be pruned from the first update: never on the tape.
+        masked_backward: rows of the tape that later get no gradient cost little; `MaskedBackward`.
         given: (num_prompts, n, D) states of `Tree.given` roots; a root takes the row that its
             stream names, so that sharing and dead roots do not move it.
         dtype: of the states; float32 (bf16 rounding would move the ratio), or float64 in tests.
@@ -81,6 +85,7 @@ def rollout(
     waves = _waves(plan, evaluated, on_tape, max_batch, device)
     noise = edge_noise(plan, uids, seed, iteration, device)
     run = _Run(plan, model, noise, evaluated, keep_velocity, dtype, device)
+    run.forest.masked = MaskedBackward() if masked_backward else None
     x, past = run.root_states(given), _Past(None, None)
     for wave in waves:
         if len(wave.kept):
@@ -217,7 +222,8 @@ class _Run:
 
     def _call(self, chunk: _Chunk, x: Tensor) -> Tensor:
         forest = self.forest
-        with torch.set_grad_enabled(chunk.taped):
+        masked = forest.masked if chunk.taped else None
+        with torch.set_grad_enabled(chunk.taped), masked or nullcontext():
             sigma, prompt = forest.sigma[chunk.rows], forest.prompt[chunk.rows]
             host = (self.plan.sigma[chunk.nodes], self.plan.prompt[chunk.nodes])
             out = call_velocity(self.model, x[chunk.local], sigma, prompt, host=host)

@@ -149,11 +149,12 @@ def grow(
     max_batch: int | None = None,
     keep_velocity: bool | None = None,
     off_tape: NDArray[np.bool_] | None = None,
+    masked_backward: bool = False,
     device: torch.device | str = "cpu",
 ) -> Grown:
     """Grows and decodes the trees of some prompts: the first part of `collect`, which has the rest.
 
-    `off_tape` is that of `rollout`.
+    `off_tape` and `masked_backward` are those of `rollout`.
 
     Raises:
         FloatingPointError: the model returned NaN or Inf.
@@ -170,6 +171,7 @@ def grow(
         max_batch=max_batch,
         keep_velocity=keep_velocity if recipe.objective.anchor == "policy" else False,
         off_tape=off_tape,
+        masked_backward=masked_backward,
         device=device,
     )
     with torch.no_grad():

@@ -23,8 +23,9 @@ from branchcore.masters import Masters
 from branchcore.metrics import bar_text, iteration_metrics
 from branchcore.model import Model
 from branchcore.plan import Plan
-from branchcore.pruning import Draw, Pruning, Sums
+from branchcore.pruning import Draw, Pruning
 from branchcore.pruning_config import PruningConfig
+from branchcore.pruning_sums import Sums
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
 from branchcore.run_folder import RunFolder, check_same, identity
@@ -184,7 +185,7 @@ class Trainer:
     def _grow(self, plan: Plan, uids: Sequence[int], draw: Draw) -> Grown:
         """Grows a round with the policy that samples."""
         config, lags = self.config, self.sampler is not None
-        late = config.tape is None and config.prune.needs_scores
+        dropped = self.pruning.ahead(plan, uids, self.iteration)
         with self.sampler.applied() if self.sampler is not None else nullcontext():
             return stages.grow(
                 plan,
@@ -194,10 +195,11 @@ class Trainer:
                 uids,
                 seed=config.seed,
                 iteration=self.iteration,
-                tape=0 if lags or late else config.tape,
+                tape=0 if lags else self.pruning.tape(config.tape),
                 max_batch=config.max_batch,
                 keep_velocity=True if lags or config.fast_steps else None,
-                off_tape=self.pruning.ahead(plan, uids, self.iteration),
+                off_tape=dropped,
+                masked_backward=self.pruning.late,
                 device=self.device,
             )
 

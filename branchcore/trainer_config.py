@@ -22,8 +22,8 @@ class TrainerConfig:
     max_batch: int | None = None
     """Rows of one model call at most; None = a whole wave."""
     tape: int | None = None
-    """Trained nodes per round that keep their graph; None = all, or none where coins fall after
-    the rewards: the backward of a taped wave is whole, whatever was pruned of it."""
+    """Trained nodes per round that keep their graph; None = all, or none where less than two thirds
+    of them are to be kept after the rewards: see `masked_backward`."""
     prune: PruningConfig = field(default_factory=PruningConfig)
     """What the updates leave out; `--set prune=RULE --set prune_rate=0.5 ...`."""
     seed: int = 0

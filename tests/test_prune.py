@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from test_unbiased import SG, TERMS, A, is_unbiased, threshold
-from trees import chains, images, near, two_level
+from trees import chains, granular, images, near, two_level
 
 from branchcore import prune, recipes
 from branchcore.credit import standardize
@@ -78,6 +78,38 @@ def test_leaf_pruners_keep_shared_trunks_and_re_noised_states_of_their_images():
     image = np.flatnonzero(plan.leaf)[1]
     kept = plan.train & (weight > 0)
     np.testing.assert_array_equal(np.flatnonzero(kept), np.flatnonzero(plan.parent == image))
+
+
+@pytest.mark.parametrize("name", ["cppo", "maximal_variance", "best_of_n"])
+def test_leaf_pruners_find_the_value_above_a_deterministic_tail(name, rng):
+    """Credit by depth leaves 0 on the Euler edges that end a tree."""
+    recipe = recipes.branch_grpo(SG, splits=(0, 1, 2))
+    plan = recipe.plan([0, 1], seed=0, iteration=0)
+    rewards = rng.normal(size=(16, 1))
+    value = recipe.credit(plan, rewards, np.ones(1), np.zeros(len(plan))).value
+    assert not value[plan.leaf].any()
+    kept = prune.BIASED[name](plan, value, 0.5)[plan.leaf] > 0
+    for q in (0, 1):
+        mine = plan.prompt[plan.leaf] == q
+        z = rewards[mine, 0] - rewards[mine].mean()
+        wanted = np.abs(z) if name == "cppo" else z
+        order = np.argsort(wanted)
+        if name == "cppo":
+            best = order[4:]
+        elif name == "best_of_n":
+            best = np.r_[order[:2], order[6:]]
+        else:
+            sets = [np.r_[order[:i], order[4 + i :]] for i in range(5)]
+            best = max(sets, key=lambda chosen: z[chosen].var())
+        np.testing.assert_array_equal(np.flatnonzero(kept[mine]), np.sort(best))
+
+
+def test_leaves_that_share_their_last_stochastic_edge_keep_their_own_value():
+    plan = granular(2, (1, 2), branches=1)
+    value = np.zeros(len(plan))
+    value[plan.leaf] = [1.0, -4.0, 2.0, 3.0]
+    kept = prune.cppo(plan, value, 0.5)[plan.leaf]
+    np.testing.assert_array_equal(kept, [0, 1, 0, 1])
 
 
 def test_maximal_variance_against_all_subsets(rng):

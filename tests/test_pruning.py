@@ -50,6 +50,7 @@ EXACT = {
     "threshold max": (tree, {"rule": "threshold", "rate": 0.6, "score": "max"}),
     "uniform": (tree, {"rule": "uniform", "rate": 0.4}),
     "optimal": (tree, {"rule": "optimal", "rate": 0.5, "floor": 0.05}),
+    "history": (tree, {"rule": "history", "rate": 0.5}),
     "fixed": (tree, {"rule": "uniform", "rate": 0.5, "draw": "fixed"}),
     "matching": (
         lambda: recipes.awm(SG, group=3, times=2, kl=0.1),
@@ -158,9 +159,10 @@ def test_pruned_parents_run_no_forward_and_untaped_ones_no_backward(toy):
     recipe = recipes.branch_grpo(SG, splits=(0, 1, 2), clip=0.5)
     model = toy()
     rules = ({"rule": "threshold", "rate": 0.7}, {"rule": "optimal", "rate": 0.6})
-    for options in (*rules, {"rule": "uniform", "rate": 0.5}):
+    early = {"rule": "uniform", "rate": 0.5}, {"rule": "history", "rate": 0.5}
+    for options in (*rules, *early, {"rule": "first_steps", "rate": 0.5}):
         pruning = Pruning(PruningConfig(**options), recipe, 5)
-        batch = grown(recipe, model)
+        batch = pruning.weigh(grown(recipe, model), {4: 1.0, 9: 1.0})
         plan = batch.forest.plan
         weight, sums = pruning.weights(batch, iteration=3)
         kept = live_edges(plan, batch.credit.advantage, weight, recipe.objective, 0)
@@ -171,10 +173,12 @@ def test_pruned_parents_run_no_forward_and_untaped_ones_no_backward(toy):
         assert sum(model.rows) == stats.parents == len(parents) == sums.kept
         assert sums.parents - sums.kept > 0
         ahead = pruning.ahead(plan, (4, 9), 3)
-        if options["rule"] != "uniform":
+        assert pruning.late == (options["rule"] in ("threshold", "optimal"))
+        if pruning.late:
             assert ahead is None
             continue
         taped = grown(recipe, model, tape=10**6, off_tape=ahead)
+        taped = pruning.weigh(taped, {4: 1.0, 9: 1.0})
         on_tape = np.concatenate([part.nodes for part in taped.forest.tape])
         np.testing.assert_array_equal(
             np.sort(on_tape),
@@ -319,3 +323,65 @@ def test_a_budget_below_one_parent_is_refused(toy):
         pruning = Pruning(PruningConfig(rule=rule, rate=0.95, **options), recipe, 5)
         with pytest.raises(ValueError, match=rf"rate must leave one of a prompt's {count} parents"):
             pruning.weights(batch, iteration=3)
+
+
+def test_history_gives_more_coins_to_steps_with_more_gradient(toy):
+    """Without a past by the rows alone; then by the advantages of each depth, whoever stays."""
+    recipe = recipes.branch_grpo(SG, splits=(0, 1, 2), clip=0.5)
+    pruning = Pruning(PruningConfig(rule="history", rate=0.5), recipe, 5)
+    batch = grown(recipe, toy())
+    plan, edges = batch.forest.plan, batch.forest.plan.trained()
+    units = unbiased.trained_units(plan)
+
+    def probabilities():
+        many = np.stack([pruning.weights(batch, iteration=i).weight for i in range(200)])
+        p = 1.0 / many.max(0)[edges]
+        return p[np.searchsorted(units.owner[np.argsort(units.owner)], np.arange(len(units.node)))]
+
+    size = recipe.objective.slope(plan, edges) ** 2
+    by_depth = {int(d): size[plan.depth[edges] == d][0] for d in np.unique(plan.depth[edges])}
+    children = np.bincount(units.owner)
+    before = probabilities()
+    norm = np.sqrt([by_depth[int(d) + 1] for d in plan.depth[units.node]] * children)
+    mine = units.prompt == 0
+    wanted = unbiased.optimal_probability(norm[mine], units.cost[mine], 0.5, 0.1)
+    np.testing.assert_allclose(before[mine], wanted)
+    pruning.remember(np.array([0] * 10), [batch])
+    a2 = batch.credit.advantage[edges].sum(1) ** 2
+    for d in by_depth:
+        assert pruning.steps[d] == pytest.approx(a2[plan.depth[edges] == d].mean())
+    pruning.steps = {d: (1.0 if d == 1 else 0.0) for d in by_depth}
+    after = probabilities()
+    roots = plan.depth[units.node] == 0
+    assert (after[roots] == 1.0).all()
+    assert after[~roots].max() < 0.6
+    again = Pruning(pruning.config, recipe, 5)
+    again.load(json.loads(json.dumps(pruning.state())), "state.json")
+    assert again.steps == pruning.steps
+
+
+def test_what_is_known_before_the_rollout_stays_off_the_tape(toy):
+    """A depth window of the recipe and one edge of two kept; a tape where it pays."""
+    window = recipes.branch_grpo(SG, splits=(0, 1), pruning="depth", prune_depths=(2, 3))
+    plan = window.plan([4, 9], seed=5, iteration=3)
+    ahead = Pruning(PruningConfig(), window, 5).ahead(plan, (4, 9), 3)
+    np.testing.assert_array_equal(
+        np.flatnonzero(ahead), np.unique(plan.parent[plan.train & np.isin(plan.depth, (2, 3))])
+    )
+    assert Pruning(PruningConfig(), tree(), 5).ahead(plan, (4, 9), 3) is None
+    best = recipes.branch_grpo(SG, splits=(0, 1), pruning="parent_top1")
+    assert Pruning(PruningConfig(), best, 5).ahead(plan, (4, 9), 3) is None
+    for config, recipe, wanted in (
+        (PruningConfig(), best, 0),
+        (PruningConfig(rule="cppo", rate=0.5), tree(), 0),
+        (PruningConfig(rule="cppo", rate=0.2), tree(), None),
+        (PruningConfig(rule="threshold", rate=0.5), tree(), None),
+        (PruningConfig(rule="threshold", rate=0.7), tree(), 0),
+        (PruningConfig(rule="optimal", rate=0.5), tree(), 0),
+        (PruningConfig(rule="history", rate=0.5), tree(), None),
+        (PruningConfig(rule="zero_advantage"), tree(), None),
+        (PruningConfig(), window, None),
+    ):
+        pruning = Pruning(config, recipe, 5)
+        assert pruning.tape(None) == wanted, config
+        assert pruning.tape(7) == 7

@@ -10,8 +10,9 @@ import torch
 from branchcore import recipes, schedule, unbiased
 from branchcore.cli import main
 from branchcore.model_commands import settings
-from branchcore.pruning import Pruning, Sums
+from branchcore.pruning import Pruning
 from branchcore.pruning_config import PruningConfig
+from branchcore.pruning_sums import Sums
 from branchcore.trainer import Trainer
 from branchcore.trainer_config import TrainerConfig
 
@@ -89,9 +90,10 @@ def test_pruned_training_resumes_bit_for_bit_with_its_history(toy, tmp_path):
         assert rest.pruning.history == whole.pruning.history
     state = tmp_path / "whole" / "checkpoint-000004" / "state.json"
     known = json.loads(state.read_text())
-    assert known["pruning"] == {str(k): v for k, v in whole.pruning.history.items()}
-    state.write_text(json.dumps(known | {"pruning": {"0": -1.0}}))
-    with pytest.raises(ValueError, match=r"must hold a score >= 0 per prompt index, got -1\.0"):
+    assert known["pruning"]["prompts"] == {str(k): v for k, v in whole.pruning.history.items()}
+    assert known["pruning"]["steps"] == {}
+    state.write_text(json.dumps(known | {"pruning": {"prompts": {"0": -1.0}, "steps": {}}}))
+    with pytest.raises(ValueError, match=r"must hold a number >= 0 per key of prompts, got -1\.0"):
         run(toy, tmp_path / "whole", prune, resume=True)
 
 

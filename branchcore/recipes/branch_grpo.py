@@ -120,6 +120,7 @@ def branch_grpo(
         credit=depth_credit(beta=beta, local=local),
         objective=ClippedRatio(clip=(clip, clip), kl=kl),
         prune=_pruner(pruning, prune_share, prune_pool, window),
+        prune_by_value=pruning in ("parent_top1", "extremes"),
         varies=updates > 1,
         updates=updates,
     )

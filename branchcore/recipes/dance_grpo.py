@@ -94,6 +94,7 @@ def dance_grpo(
         credit=group_credit(ddof=1, eps=1e-8, separate=separate),
         objective=ClippedRatio(ratio=ratio_of(sde), clip=(clip, clip), kl=kl),
         prune=lambda plan, value, _iteration: best_of_n(plan, value, kept),
+        prune_by_value=kept < group,
         varies=num_trained < num_steps,
         updates=updates,
     )

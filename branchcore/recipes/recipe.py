@@ -61,6 +61,8 @@ class Recipe:
     objective: Objective
     prune: Prune = field(default=lambda plan, _value, _iteration: keep_all(plan))
     """(plan, value (M,) of `EdgeCredit`, iteration from 0) -> (M,) edge weights."""
+    prune_by_value: bool = False
+    """`prune` reads the values: what it drops is not known before the rewards."""
     varies: bool = True
     """The tree depends on the moment (windows, random subsets). False lets
     one tree be grown once and used for all prompts and iterations."""
