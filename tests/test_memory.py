@@ -1,9 +1,12 @@
 """The memory planner: its bytes against those of real tensors, its choice, its words."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from branchcore import recipes, schedule
+from branchcore.pruning_config import PruningConfig
 from branchcore.trainer import Trainer
 from branchcore.trainer_config import TrainerConfig
 
@@ -24,10 +27,17 @@ def mix(kl=0.0):
     return recipes.branch_mix(SG, splits=(0, 1), window=0, eta=0.7, kl=kl)
 
 
+def tree():
+    return recipes.branch_grpo(SG, splits=(0, 1), clip=0.1)
+
+
 RUNS = {
     "LoRA, all on the tape": (True, 1.0, {}, mix()),
     "LoRA, guidance, KL": (True, 3.0, {"max_batch": 4}, mix(0.05)),
     "full, no tape, KL": (False, 1.0, {"max_batch": 4, "tape": 0, "ema_decay": 0.9}, mix(0.05)),
+    "LoRA, half of the tape": (
+        True, 1.0, {"prune": PruningConfig(rule="uniform", rate=0.5, draw="fixed")}, tree(),
+    ),
     "LoRA, tapes of two rounds": (
         True, 1.0, {"prompts_per_round": 1, "overlap_rewards": True}, mix(),
     ),
@@ -181,3 +191,20 @@ def test_sizes_are_read():
     assert [bytes_of(x) for x in ("80GB", "1.5 GiB", "512m")] == [80e9, 1.5 * 2**30, 512e6]
     with pytest.raises(ValueError, match="text must be like '80GB' or '24GiB', got 'much'"):
         bytes_of("much")
+
+
+def test_what_pruned_parents_leave_goes_to_the_others(tiny_folder):
+    """A budget that parts the rounds of a whole tape holds all prompts of half a tape."""
+    model = load(tiny_folder("sd3"))
+    cost = measure(model, PROMPTS[0])
+    half = PruningConfig(rule="uniform", rate=0.5, draw="fixed")
+
+    def planned(budget, prune):
+        config = dataclasses.replace(CONFIG, prune=prune)
+        return plan_memory(model, tree(), config, budget, prompt=PROMPTS[0], cost=cost)
+
+    whole, pruned = (planned(10**9, prune) for prune in (PruningConfig(), half))
+    assert (whole.trained, pruned.trained, pruned.config.tape) == (4 * 7, 4 * 4, 4 * 4)
+    budget = int(1.02 * pruned.peak / (1 - MARGIN))
+    assert planned(budget, half).config == pruned.config
+    assert planned(budget, PruningConfig()).config != whole.config

@@ -13,13 +13,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-import numpy as np
-
 from branchcore.model import Model
 from branchcore.models.sizing.live_bytes import CallBytes, measure
-from branchcore.models.sizing.memory_need import Need, check_trained, rollout_calls, trained_nodes
+from branchcore.models.sizing.memory_need import Need, check_trained, rollout_calls
 from branchcore.packing import balanced_chunks
-from branchcore.plan import Plan
+from branchcore.plan import Ints, Plan
 from branchcore.recipes.recipe import Recipe
 from branchcore.trainer_config import TrainerConfig
 
@@ -55,7 +53,7 @@ class MemoryPlan(NamedTuple):
     phases: Mapping[str, int]
     """Peak bytes of every part of an iteration."""
     trained: int
-    """Trained nodes of a round."""
+    """Trained nodes of a round, without those that pruning drops before the rollout."""
     decode_batch: int | None
     """Images per call of the decoder, for the model's attribute of this name; None = as many as
     rows, where a model takes no number."""
@@ -136,7 +134,7 @@ def plan_memory(
         )
     best = min(options, key=lambda option: (option.work, option.rows))
     plan = need.plan(best.prompts)
-    trained = len(trained_nodes(plan))
+    trained = len(need.taped(plan))
     chosen = dataclasses.replace(
         config, prompts_per_round=best.prompts, max_batch=best.rows, tape=best.tape
     )
@@ -163,7 +161,7 @@ def predict_memory(
     need = Need.of(model, recipe, config, measure(model, prompt))
     rounds = balanced_chunks(config.prompts_per_iteration, config.prompts_per_round)
     plan = need.plan(max(hi - lo for lo, hi in rounds))
-    tape = len(trained_nodes(plan)) if config.tape is None else config.tape
+    tape = len(need.taped(plan)) if config.tape is None else config.tape
     return need.phases(plan, len(rounds), config.max_batch or len(plan), tape)
 
 
@@ -190,8 +188,9 @@ def _options(need: Need, usable: int) -> Iterable[Option]:
                 return max(need.phases(plan, rounds, rows, tape).values()) <= usable
 
             if fits(0):
-                tape = 0 if need.lags else _largest(len(trained_nodes(plan)), fits)
-                yield Option(rounds * _work(plan, rows, tape), prompts, rows, tape)
+                nodes = need.taped(plan)
+                tape = 0 if need.lags else _largest(len(nodes), fits)
+                yield Option(rounds * _work(need, plan, rows, nodes[:tape]), prompts, rows, tape)
 
 
 def _widest_decode(need: Need, plan: Plan, rounds: int, best: Option, usable: int) -> Need:
@@ -211,12 +210,12 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _work(plan: Plan, rows: int, tape: int) -> float:
+def _work(need: Need, plan: Plan, rows: int, taped: Ints) -> float:
     """Returns the work of a round in rows of a forward."""
     work = 0.0
-    for level in rollout_calls(plan, rows, tape):
-        work += sum((count + 1) * (3 if taped else 1) for count, taped in level.calls)
-    left = len(np.unique(plan.action[plan.trained()])) - min(tape, len(trained_nodes(plan)))
+    for level in rollout_calls(plan, rows, taped):
+        work += sum((count + 1) * (3 if on_tape else 1) for count, on_tape in level.calls)
+    left = sum(len(need.left(plan, update, taped)) for update in range(plan.num_updates))
     return work + sum(3 * (hi - lo + 1) for lo, hi in balanced_chunks(left, rows))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from branchcore.forest import kept_slots
@@ -18,6 +19,7 @@ from branchcore.model import Model
 from branchcore.models.sizing.live_bytes import CallBytes
 from branchcore.packing import balanced_chunks
 from branchcore.plan import Ints, Plan
+from branchcore.pruning import Pruning
 from branchcore.recipes.recipe import Recipe
 from branchcore.trainer_config import TrainerConfig
 
@@ -86,6 +88,18 @@ class Need(NamedTuple):
         """Returns a round's plan."""
         return self.recipe.plan(list(range(prompts)), seed=self.config.seed, iteration=0)
 
+    def off_tape(self, plan: Plan) -> NDArray[np.bool_] | None:
+        """Returns (M,) nodes that pruning drops before the rollout, as in iteration 0."""
+        pruning = Pruning(self.config.prune, self.recipe, self.config.seed)
+        return pruning.ahead(plan, range(plan.num_prompts), 0)
+
+    def taped(self, plan: Plan) -> Ints:
+        """Returns the nodes of the first update that can be on the tape, in plan order."""
+        off = self.off_tape(plan)
+        nodes = plan.action[plan.trained(0)]
+        nodes = nodes if off is None else nodes[~off[nodes]]
+        return np.unique(nodes[plan.evaluated[nodes]])
+
     def phases(self, plan: Plan, rounds: int, rows: int, tape: int) -> dict[str, int]:
         """Returns the peak bytes of every part of an iteration."""
         recipe, cost, state = self.recipe, self.cost, STATE * self.elements
@@ -94,13 +108,14 @@ class Need(NamedTuple):
         kept = sum(self.fixed.values()) + rounds * (
             slots * state * (1 + self.stored) + plan.num_prompts * cost.prompt
         )
-        wave, on_tape, part = self._waves(plan, rows, tape)
+        nodes = self.taped(plan)[:tape]
+        wave, on_tape, part = self._waves(plan, rows, nodes)
         leaves = int(plan.leaf.sum())
         images = leaves * cost.image
         other = on_tape + images if self.config.overlap_rewards else 0
         # gradients are there once the first round has left them
         grown = kept + other - (0 if rounds > 1 else self.gradients)
-        left = _largest_batch(plan, rows, tape)
+        left = self._largest_batch(plan, rows, nodes)
         fresh = cost.tape.at(left) + self._beyond(left, reference)
         taped = on_tape + self._beyond(part, reference)
         # the noise floor of stored velocities is measured while the tape is there
@@ -128,11 +143,25 @@ class Need(NamedTuple):
         """Returns what a backward needs beyond its graph, the reference's call included."""
         return max(self.cost.backward.at(rows), self.cost.call.at(rows) if reference else 0)
 
-    def _waves(self, plan: Plan, rows: int, tape: int) -> tuple[int, int, int]:
+    def left(self, plan: Plan, update: int, taped: Ints) -> Ints:
+        """Returns the parents of an update that have a training forward of their own."""
+        nodes = np.unique(plan.action[plan.trained(update)])
+        if update:
+            return nodes
+        off = self.off_tape(plan)
+        nodes = nodes if off is None else nodes[~off[nodes]]
+        return np.setdiff1d(nodes, taped)
+
+    def _largest_batch(self, plan: Plan, rows: int, taped: Ints) -> int:
+        """Returns the most rows of a micro-batch that is on no tape."""
+        left = [len(self.left(plan, update, taped)) for update in range(plan.num_updates)]
+        return max([0, *(hi - lo for n in left for lo, hi in balanced_chunks(n, rows))])
+
+    def _waves(self, plan: Plan, rows: int, nodes: Ints) -> tuple[int, int, int]:
         """Returns the rollout's peak beyond what is kept, its tape, and the rows of its largest."""
         cost, state = self.cost, STATE * self.elements
         peak = on_tape = before = part = 0
-        for lo, hi, children, calls in rollout_calls(plan, rows, tape):
+        for lo, hi, children, calls in rollout_calls(plan, rows, nodes):
             width = hi - lo
             x = width * state * (2 if plan.history[lo:hi].any() else 1)
             whole = len(calls) == 1 and calls[0][0] == width
@@ -157,16 +186,10 @@ class Level(NamedTuple):
     """(rows, whether on the tape)."""
 
 
-def trained_nodes(plan: Plan) -> Ints:
-    """Returns the nodes of the first update that can be on the tape, in plan order."""
-    nodes = plan.action[plan.trained(0)]
-    return np.unique(nodes[plan.evaluated[nodes]])
-
-
-def rollout_calls(plan: Plan, rows: int, tape: int) -> list[Level]:
-    """Returns every wave with the calls that the rollout makes for it."""
+def rollout_calls(plan: Plan, rows: int, nodes: Ints) -> list[Level]:
+    """Returns every wave with the calls that the rollout makes for it, `nodes` on the tape."""
     taped = np.zeros(len(plan), dtype=bool)
-    taped[trained_nodes(plan)[:tape]] = True
+    taped[nodes] = True
     levels: list[Level] = []
     for lo, hi in plan.levels():
         calls: list[tuple[int, bool]] = []
@@ -183,16 +206,6 @@ def _first_batch(plan: Plan, rows: int) -> int:
     edges = plan.trained(1 if plan.num_updates > 1 else 0)
     lo, hi = balanced_chunks(len(np.unique(plan.action[edges])), rows)[0]
     return hi - lo
-
-
-def _largest_batch(plan: Plan, rows: int, tape: int) -> int:
-    """Returns the most rows of a micro-batch that is on no tape."""
-    largest, taped = 0, trained_nodes(plan)[:tape]
-    for update in range(plan.num_updates):
-        nodes = np.unique(plan.action[plan.trained(update)])
-        left = len(nodes) if update else len(np.setdiff1d(nodes, taped))
-        largest = max([largest, *(hi - lo for lo, hi in balanced_chunks(left, rows))])
-    return largest
 
 
 def resident(model: Any) -> dict[str, int]:
