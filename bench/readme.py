@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import learning_words
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
@@ -238,6 +240,38 @@ def pruning(result: dict[str, Any]) -> str:
     )
 
 
+def learning(result: dict[str, Any]) -> str:
+    """Formats what pruning buys and costs in learning."""
+    learning_words.check(result)
+    meta, commits = result["meta"], result["commits"]
+    short = ", ".join(commit[:9] for commit in commits)
+    others = "" if commits == [meta["commit"]] else f" Runs of commit {short}."
+    unbiased = [name for name in result["arms"] if name in learning_words.UNBIASED]
+    return "\n".join(
+        [
+            f"    {learning_words.COMMAND}",
+            "",
+            f"`{result['recipe']}` with its digits preset, {result['budget_s']:g} CPU seconds of "
+            f"iterations, one thread, {len(result['seeds'])} seeds: mean ± half the 95 % interval "
+            "(Student's t). Measures as above, on held-out noise, on the straight line between the "
+            "evaluations around the budget. Runs of one seed share their noise: differences to "
+            f"`full` are of the same seed. {learning_words.named(unbiased)} have the same expected "
+            "gradient, the others drop terms of it. All settings are those of `full`, which they "
+            "were tuned for.",
+            "",
+            "![Learning curves at equal CPU time](bench/results/learning.png)",
+            "",
+            markdown(learning_words.head(result), learning_words.rows(result)),
+            "",
+            *learning_words.sentences(result),
+            "Every interval is for itself, of one task and one base model: arms whose intervals "
+            "overlap are not ranked.",
+            "",
+            where(meta) + others,
+        ]
+    )
+
+
 def packing(result: dict[str, Any]) -> str:
     """Formats how full calls are."""
     rows = [
@@ -308,8 +342,11 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "aot": ("aot.json", aot),
     "census": ("census.json", census),
     "pruning": ("pruning.json", pruning),
+    "learning": ("learning.json", learning),
     "packing": ("packing.json", packing),
 }
+NOT_YET = {"learning": (learning_words.MISSING, learning_words.COMMAND)}
+"""Sections that README has before their first result: text, and the command to make one."""
 
 
 def render(text: str) -> str:
@@ -318,9 +355,13 @@ def render(text: str) -> str:
         begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
         before, rest = text.split(begin)
         after = rest.split(end)[1]
-        if not (RESULTS / file).exists():
+        if (RESULTS / file).exists():
+            body = section(json.loads((RESULTS / file).read_text()))
+        elif name in NOT_YET:
+            body, command = NOT_YET[name]
+            print(f"readme: no {RESULTS / file} yet; try {command}", file=sys.stderr)
+        else:
             sys.exit(f"readme: {RESULTS / file} must exist, got no such file; see bench/README.md")
-        body = section(json.loads((RESULTS / file).read_text()))
         text = f"{before}{begin}\n{body}\n{end}{after}"
     return text
 
