@@ -1,0 +1,178 @@
+"""The processes of a run: who this one is, what they share out, sum up and agree on.
+
+torchrun starts them and names them in the environment; `torch.distributed` carries everything. One
+process needs no process group and communicates nothing. Whatever depends on the number of
+processes is here and in `parallel`; noise, trees and coins never do.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from branchcore.credit import Floats
+from branchcore.heartbeat import Heartbeat
+
+T = TypeVar("T")
+TIMEOUT_S = 600.0
+"""Seconds that a process waits for the others; a slow reward must fit in."""
+
+
+class RankError(RuntimeError):
+    """Another process failed with an error that is no built-in one, or is gone."""
+
+
+class Ranks:
+    """The processes of `torch.distributed`'s default group, or this one alone.
+
+    Every method but `share` is a collective: all processes call it, in the same order.
+
+    Args:
+        device: of this process.
+        heartbeat: tells who is gone when a collective fails.
+    """
+
+    def __init__(
+        self, device: torch.device | str = "cpu", heartbeat: Heartbeat | None = None
+    ) -> None:
+        self.device = torch.device(device)
+        many = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if many else 0
+        self.world_size = dist.get_world_size() if many else 1
+        self._heartbeat = heartbeat
+
+    @property
+    def alone(self) -> bool:
+        """There is one process."""
+        return self.world_size == 1
+
+    @property
+    def main(self) -> bool:
+        """This process writes what is written once."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> tuple[T, ...]:
+        """Returns this process's part of what all processes have: contiguous, even up to one.
+
+        Where there are fewer items than processes, some get none.
+        """
+        lo, hi = (len(items) * (self.rank + i) // self.world_size for i in (0, 1))
+        return tuple(items[lo:hi])
+
+    def sum(self, values: Floats) -> Floats:
+        """Returns the sum over all processes of a float64 array of one shape."""
+        total = torch.from_numpy(np.array(values, dtype=np.float64))
+        self._collect(partial(dist.all_reduce, total))
+        return total.numpy()
+
+    def most(self, values: Sequence[int]) -> list[int]:
+        """Returns the largest of each number over all processes."""
+        most = torch.tensor(list(values), dtype=torch.int64)
+        self._collect(partial(dist.all_reduce, most, op=dist.ReduceOp.MAX))
+        return cast("list[int]", most.tolist())
+
+    def gather(self, value: T) -> list[T]:
+        """Returns everybody's value, by rank; small things only."""
+        found: list[Any] = [value] * self.world_size
+        self._collect(partial(dist.all_gather_object, found, value))
+        return found
+
+    def agree(self, error: Exception | None) -> None:
+        """Raises on every process what was raised on one; returns where none was.
+
+        Args:
+            error: what this process caught, None if nothing.
+
+        Raises:
+            Exception: of the type of the first process's that failed if that is a built-in one,
+                else `RankError`; the message names the rank, and how many others failed.
+        """
+        if self.alone:
+            if error is not None:
+                raise error
+            return
+        mine = None if error is None else (type(error).__name__, str(error))
+        found = self.gather(mine)
+        failed = [rank for rank, theirs in enumerate(found) if theirs is not None]
+        if failed:
+            name, text = cast("tuple[str, str]", found[failed[0]])
+            more = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
+            raise _error_of(name)(f"rank {failed[0]}: {text}{more}") from error
+
+    def _collect(self, collective: Callable[[], object]) -> None:
+        """Runs a collective; says who is missing when it fails."""
+        if self.alone:
+            return
+        try:
+            collective()
+        except (RuntimeError, dist.DistError) as error:
+            gone = [] if self._heartbeat is None else self._heartbeat.gone()
+            who = f"rank {', '.join(map(str, gone))} is gone" if gone else "a rank does not answer"
+            raise RankError(
+                f"Ranks: all {self.world_size} processes must take part, but {who}; continue with "
+                f"--resume auto ({str(error).splitlines()[0]})"
+            ) from error
+
+
+def _error_of(name: str) -> type[Exception]:
+    """The built-in exception of a name that takes one text, `RankError` for others."""
+    found = getattr(builtins, name, None)
+    if not (isinstance(found, type) and issubclass(found, Exception)) or "Unicode" in name:
+        return RankError
+    return found
+
+
+@contextmanager
+def joined(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Generator[Ranks]:
+    """Joins the processes that torchrun started, for the time of the block; alone without it.
+
+    CPU tensors go over gloo, CUDA tensors over NCCL; every process gets the GPU of its local rank.
+
+    Args:
+        device: "cuda" or "cpu"; None = "cuda" if there are GPUs.
+        timeout_s: seconds that a collective waits for the others.
+
+    Raises:
+        ValueError: timeout not positive.
+        RuntimeError: fewer GPUs than processes on this machine.
+    """
+    if not timeout_s > 0.0:
+        raise ValueError(f"joined: timeout_s must be positive, got {timeout_s}")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"joined: every process must have a GPU of its own, got local rank {local} and "
+                f"{torch.cuda.device_count()} GPUs; try --nproc-per-node or --device cpu"
+            )
+        chosen = torch.device(f"cuda:{local}")
+        torch.cuda.set_device(chosen)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks(chosen)
+        return
+    store, rank, world_size = next(iter(rendezvous("env://")))
+    limit = timedelta(seconds=timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=PrefixStore("branchcore", store), rank=rank, world_size=world_size,
+        timeout=limit,
+    )  # fmt: skip
+    heartbeat = Heartbeat(PrefixStore("alive", store), rank, world_size)
+    heartbeat.start()
+    try:
+        yield Ranks(chosen, heartbeat)
+    finally:
+        heartbeat.stop()
+        dist.destroy_process_group()
