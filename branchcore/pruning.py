@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from branchcore import unbiased
 from branchcore.credit import Floats
 from branchcore.gradient import live_edges
+from branchcore.leaf_weights import edge_weight
 from branchcore.noise import PRUNING, host_generator
 from branchcore.packing import balanced_chunks
 from branchcore.plan import Ints, Plan
@@ -175,7 +176,8 @@ class Pruning:
         """Updates the running mean |advantage| of the prompts that were rolled out."""
         for batch in batches if self.config.prompts else ():
             plan, edges = batch.forest.plan, batch.forest.plan.trained()
-            size = batch.credit.advantage[edges].sum(1)
+            shown = edge_weight(plan, batch.leaf_weight)[:, None] * batch.credit.advantage
+            size = shown[edges].sum(1)
             total = np.bincount(plan.prompt[edges], size, plan.num_prompts)
             count = np.bincount(plan.prompt[edges], minlength=plan.num_prompts)
             for prompt, uid in enumerate(batch.uids):

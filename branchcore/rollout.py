@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from branchcore import ops
-from branchcore.forest import Forest, TapePart, edge_noise, kept_slots, noise_rows, upload
+from branchcore.forest import (
+    Forest,
+    Stop,
+    TapePart,
+    edge_noise,
+    end_branches,
+    kept_slots,
+    noise_rows,
+    stoppable,
+    upload,
+)
 from branchcore.model import VelocityModel, call_velocity
 from branchcore.noise import Noise
 from branchcore.packing import balanced_chunks
@@ -35,6 +45,7 @@ def rollout(
     keep_velocity: bool | None = None,
     off_tape: NDArray[np.bool_] | None = None,
     given: Tensor | None = None,
+    stop: Stop | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Forest:
@@ -54,6 +65,8 @@ def rollout(
         off_tape: (M,) nodes that are known to be pruned from the first update: never on the tape.
         given: (num_prompts, n, D) states of `Tree.given` roots; a root takes the row that its
             stream names, so that sharing and dead roots do not move it.
+        stop: at these depths, once their velocities are known, branches may end: nothing below is
+            evaluated or kept, and noise and states of the others stay as they are.
         dtype: of the states; float32 (bf16 rounding would move the ratio), or float64 in tests.
         device: where the model lives.
 
@@ -61,7 +74,8 @@ def rollout(
         Forest; its noise is identical for any max_batch, prompt order and number of processes.
 
     Raises:
-        ValueError: uids, given states or the model's result have the wrong shape.
+        ValueError: uids, given states or the model's result have the wrong shape, or nothing can
+            be stopped at a depth of `stop`.
         TypeError: dtype, or the model's result is no float tensor.
         FloatingPointError: a velocity is NaN or Inf; names node, sigma and prompt.
     """
@@ -78,14 +92,22 @@ def rollout(
     evaluated = plan.evaluated.copy()
     if keep_velocity:
         evaluated[plan.action[read_later]] = True
-    waves = _waves(plan, evaluated, on_tape, max_batch, device)
+    checkpoints = {} if stop is None else {d: stoppable(plan, d) for d in stop.depths}
+    slot = kept_slots(plan)
+    waves = _waves(plan, slot, evaluated, on_tape, max_batch, device)
     noise = edge_noise(plan, uids, seed, iteration, device)
-    run = _Run(plan, model, noise, evaluated, keep_velocity, dtype, device)
+    run = _Run(plan, model, noise, slot, evaluated, keep_velocity, dtype, device)
     x, past = run.root_states(given), _Past(None, None)
-    for wave in waves:
+    for depth in range(len(waves)):
+        wave = waves[depth]
         if len(wave.kept):
             run.forest.x[wave.kept_slots] = x[wave.kept]
         v = run.evaluate(wave, x)
+        if stop is not None and v is not None and depth in checkpoints:
+            run.check_finite()
+            end_branches(run.forest, stop, depth, checkpoints[depth], x, v)
+            left = np.where(run.forest.alive, slot, -1)
+            waves = _waves(plan, left, evaluated, on_tape, max_batch, device)
         x, past = run.grow(wave, x, v, past)
     run.check_finite()
     return run.forest
@@ -121,12 +143,12 @@ class _Past(NamedTuple):
 
 def _waves(
     plan: Plan,
+    slot: Ints,
     evaluated: NDArray[np.bool_],
     on_tape: NDArray[np.bool_],
     max_batch: int | None,
     device: torch.device | str,
 ) -> list[_Wave]:
-    slot = kept_slots(plan)
     arrays: list[Ints] = []
     shapes: list[tuple[int, int, list[tuple[Ints, bool]]]] = []
     for lo, hi in plan.levels():
@@ -159,6 +181,7 @@ class _Run:
         plan: Plan,
         model: VelocityModel,
         noise: Noise,
+        slot: Ints,
         evaluated: NDArray[np.bool_],
         keep_velocity: bool,
         dtype: torch.dtype,
@@ -171,7 +194,6 @@ class _Run:
         self.row = torch.from_numpy(plan.row).to(device)
         self.older = torch.from_numpy(plan.older).to(device, dtype)
         self.num_elements = math.prod(model.latent_shape)
-        slot = kept_slots(plan)
         x = torch.empty(int(slot.max()) + 1, self.num_elements, dtype=dtype, device=device)
         self.forest = Forest(
             plan=plan,
@@ -183,6 +205,7 @@ class _Run:
             log_prob=torch.zeros(len(plan), dtype=dtype, device=device),
             velocity=torch.zeros_like(x) if keep_velocity else None,
             evaluated=evaluated,
+            alive=np.ones(len(plan), dtype=bool),
         )
         self.bad: list[tuple[Ints, Tensor]] = []
 
