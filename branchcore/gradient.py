@@ -192,6 +192,9 @@ def log_ratio_floor(
     if forest.velocity is None:
         raise ValueError("log_ratio_floor: forest must have stored velocities, got none")
     edges = plan.trained(1 if plan.num_updates > 1 else 0)
+    edges = edges[forest.evaluated[plan.action[edges]]]
+    if not len(edges):
+        return 0.0
     batch = pack_parents(plan, edges, max_batch)[0]
     ones = np.ones((len(plan), 2))
     (term,) = _terms(forest, [batch], ones, ones[:, 0], objective)

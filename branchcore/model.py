@@ -71,6 +71,21 @@ class Model(Protocol):
         ...
 
 
+def decoded(model: Model, x_ND: Tensor, max_batch: int | None) -> Tensor:
+    """Returns the images (N, ...) of flat states at sigma 0, without a graph; no call if N is 0.
+
+    Args:
+        model: the policy.
+        x_ND: (N, D) states.
+        max_batch: images of a call at most; None = all at once.
+    """
+    latents = x_ND.view(len(x_ND), *model.latent_shape)
+    if not len(latents):
+        return latents
+    with torch.no_grad():
+        return torch.cat([model.decode(part) for part in latents.split(max_batch or len(latents))])
+
+
 def token_budget(
     model: VelocityModel, prompt: NDArray[np.integer], max_tokens: int | None
 ) -> TokenBudget | None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from branchcore import unbiased
 from branchcore.credit import Floats
 from branchcore.gradient import live_edges
+from branchcore.leaf_weights import edge_weight
 from branchcore.noise import PRUNING, host_generator
 from branchcore.packing import balanced_chunks
 from branchcore.plan import Ints, Plan
@@ -146,16 +147,19 @@ class Pruning:
 
     def remember(self, indices: Ints, batches: Sequence[Batch]) -> None:
         """Updates the running means with all trained edges of what was rolled out."""
-        if self.config.prompts:
-            for batch in batches:
-                plan, edges = batch.forest.plan, batch.forest.plan.trained()
+        depths: list[Ints] = []
+        squares: list[Floats] = []
+        for batch in batches:
+            plan, edges = batch.forest.plan, batch.forest.plan.trained()
+            weight = edge_weight(plan, batch.leaf_weight)[edges]
+            size = batch.credit.advantage[edges].sum(1)
+            if self.config.prompts:
                 data = indices[[*batch.uids]][plan.prompt[edges]]
-                _remember(self.history, data, batch.credit.advantage[edges].sum(1))
+                _remember(self.history, data, weight * size)
+            depths.append(plan.depth[edges])
+            squares.append(weight * size**2)
         if self.config.rule == "history":
-            every = [(b.forest.plan.trained(), b) for b in batches]
-            depths = [b.forest.plan.depth[edges] for edges, b in every]
-            sizes = [b.credit.advantage[edges].sum(1) ** 2 for edges, b in every]
-            _remember(self.steps, np.concatenate(depths), np.concatenate(sizes))
+            _remember(self.steps, np.concatenate(depths), np.concatenate(squares))
 
     def weigh(self, batch: Batch, prompt_weight: Mapping[int, float]) -> Batch:
         """Returns a batch with the weights of its prompts and of a biased pruner multiplied in."""

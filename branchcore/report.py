@@ -12,10 +12,12 @@ import numpy as np
 
 from branchcore import recipes
 from branchcore.drawing import draw
+from branchcore.forest import stoppable
 from branchcore.passes import unshare
 from branchcore.plan import Counts, Plan
 from branchcore.pruning_config import PruningConfig
 from branchcore.recipes.recipe import Recipe, Sigmas
+from branchcore.stopping import check_branches, check_recipe
 
 BACKWARD = 2.0
 
@@ -135,9 +137,30 @@ def plan_report(
             "Chains share nothing, pay one forward and backward per edge, and have no tape.",
             f"The tape covers {tape.covered} of {tape.parents} trained parents in "
             f"{recipe.updates} update(s){rest}.",
+            *([] if pruning is None else _stops(pruning, recipe, plan)),
             *([] if pruning is None else _forecast(pruning, recipe, plan)),
         ]
     )
+
+
+def _stops(pruning: PruningConfig, recipe: Recipe, plan: Plan) -> list[str]:
+    """Returns what stopping leaves of the rollout on average, if previews say nothing."""
+    if not pruning.stop:
+        return []
+    check_recipe(pruning, recipe)
+    check_branches(pruning, plan)
+    share = np.ones(len(plan))
+    asked = np.concatenate([stoppable(plan, depth) for depth in pruning.stop])
+    for lo, hi in plan.levels()[1:]:
+        up = plan.parent[lo:hi]
+        share[lo:hi] = share[up] * np.where(np.isin(up, asked), 1.0 - pruning.stop_rate, 1.0)
+    counts = plan.counts()
+    return [
+        f"Stopping (depths {', '.join(map(str, pruning.stop))}, rate {pruning.stop_rate:g}) runs "
+        f"{share[plan.evaluated].sum():.1f} of {counts.forwards} forwards of the rollout and "
+        f"decodes {share[plan.leaf].sum():.1f} of {counts.decodes} leaves on average, for "
+        f"{share[asked].sum():.1f} previews."
+    ]
 
 
 def _forecast(pruning: PruningConfig, recipe: Recipe, plan: Plan) -> list[str]:

@@ -28,9 +28,11 @@ from branchcore.pruning_config import PruningConfig
 from branchcore.pruning_sums import Sums
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
+from branchcore.rounds import score_rounds
 from branchcore.run_folder import RunFolder, check_same, identity
 from branchcore.slow_fast import FastPath, check_fast_steps
 from branchcore.stages import Batch, Grown, accumulate
+from branchcore.stopping import stopping_of
 from branchcore.trainer_config import TrainerConfig
 
 Metrics = dict[str, Any]
@@ -69,8 +71,8 @@ class Trainer:
         facts: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
-        self.model, self.prompts, self.reward = model, list(prompts), reward
-        self.recipe, self.config = recipe, config
+        self.model, self.prompts, self.recipe, self.config = model, list(prompts), recipe, config
+        self.reward, self.stopping = stopping_of(config, recipe, reward)
         self.evaluate, self.callbacks = evaluate, callbacks
         self.parameters = [p for p in model.module.parameters() if p.requires_grad]
         if not self.parameters:
@@ -170,10 +172,9 @@ class Trainer:
         batches: list[Batch] = []
         total = Statistics.zero(self.device)
         limit, weights = config.max_batch, config.reward_weights
-        end = partial(
-            stages.finish, recipe=self.recipe, iteration=iteration, reward_weights=weights
-        )
-        done = stages.score_rounds(grown, self.reward, end, overlap=config.overlap_rewards)
+        own = {"recipe": self.recipe, "iteration": iteration, "reward_weights": weights}
+        end = partial(stages.finish, **own)
+        done = score_rounds(grown, self.reward, end, overlap=config.overlap_rewards)
         with closing(done):
             for batch in done:
                 if self.noise_floor is None and self.sampler is None:
@@ -200,6 +201,7 @@ class Trainer:
                 keep_velocity=True if lags or config.fast_steps else None,
                 off_tape=dropped,
                 masked_backward=self.pruning.late,
+                stopping=self.stopping,
                 device=self.device,
             )
 
