@@ -15,21 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from branchcore import unbiased
+from branchcore.coins import Coins, Weights
 from branchcore.credit import Floats
 from branchcore.gradient import live_edges
 from branchcore.noise import PRUNING, host_generator
 from branchcore.packing import balanced_chunks
 from branchcore.plan import Ints, Plan
+from branchcore.pooled_spread import PooledSpread
 from branchcore.prune import BIASED
 from branchcore.pruning_config import PruningConfig
+from branchcore.pruning_sums import Sums
 from branchcore.recipes.recipe import Recipe
 from branchcore.stages import Batch
 from branchcore.unbiased import Kept, Units
 
 _MEMORY = 0.5
 """Share of its past that a prompt's running score keeps."""
-_COUPLED = (("global_std", True), ("credit", "gdpo"), ("prune_pool", "call"))
-"""Options of recipes under which statistics cross prompts."""
 
 
 class Draw(NamedTuple):
@@ -45,50 +46,8 @@ class Draw(NamedTuple):
     """Of the rounds."""
     planned: list[int]
     """(updates,) trained edges, those of dropped prompts included: the normalisers."""
-
-
-class Sums(NamedTuple):
-    """What an iteration kept: prompts, and sums over the units that have a gradient."""
-
-    prompts: float = 0.0
-    rolled_out: float = 0.0
-    parents: float = 0.0
-    kept: float = 0.0
-    expected: float = 0.0
-    weight: float = 0.0
-    weight2: float = 0.0
-    added: float = 0.0
-    norm2: float = 0.0
-
-    def plus(self, other: Sums) -> Sums:
-        """Returns the sums over both."""
-        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
-
-    def metrics(self) -> dict[str, float]:
-        """Returns the shares that were kept and what they cost in variance.
-
-        `prompts_share` was rolled out; of the parents of those, over all passes, `kept_share`, on
-        average `expected_share`; `parents_saved` is what ran no training pass, `effective_parents`
-        (sum w)^2 / sum w^2 of the coins' weights, `added_variance` the formula's, in sum |g|^2,
-        with the norms that the rows predict (`unbiased.gradient_norm2`).
-        """
-        parents = max(self.parents, 1.0)
-        return {
-            "prompts_share": self.rolled_out / max(self.prompts, 1.0),
-            "kept_share": self.kept / parents,
-            "expected_share": self.expected / parents,
-            "effective_parents": self.weight**2 / self.weight2 if self.weight2 else 0.0,
-            "added_variance": self.added / self.norm2 if self.norm2 else 0.0,
-            "parents_saved": self.parents - self.kept,
-        }
-
-
-class Weights(NamedTuple):
-    """Edge weights of one pass."""
-
-    weight: Floats
-    """(M,) the batch's times what the coins gave."""
-    sums: Sums
+    spared: int
+    """Rollout forwards of dropped prompts."""
 
 
 class Pruning:
@@ -100,19 +59,15 @@ class Pruning:
         seed: of the run.
 
     Raises:
-        ValueError: the recipe's statistics cross prompts, and prompts are to be dropped.
+        ValueError: prompts are to be dropped, and the recipe has statistics over all of them that
+            no earlier iteration can stand in for.
     """
 
     def __init__(self, config: PruningConfig, recipe: Recipe, seed: int) -> None:
         self.config, self.recipe, self.seed = config, recipe, seed
         self.history: dict[int, float] = {}
-        for name, value in _COUPLED:
-            if config.prompts and recipe.options.get(name) == value:
-                raise ValueError(
-                    f"Pruning: prompts must be 0 with {name}={value!r} of {recipe.name}, whose "
-                    f"statistics are taken over all prompts of a round, got {config.prompts}; a "
-                    "spread of the survivors biases the estimate"
-                )
+        self.spread = PooledSpread(recipe, config.prompts)
+        """The std over all prompts that the credit takes, if it takes one."""
 
     def draw(self, indices: Ints, iteration: int, per_round: int | None = None) -> Draw:
         """Draws the prompts of an iteration and plans its rounds.
@@ -128,10 +83,11 @@ class Pruning:
         where = {"seed": self.seed, "iteration": iteration}
         plans = [self.recipe.plan(one, **where) for one in rounds]
         dropped = [uid for uid in range(len(indices)) if uid not in weight]
-        whole = plans + [self.recipe.plan([uid], **where) for uid in dropped]
+        without = [self.recipe.plan([uid], **where) for uid in dropped]
         updates = range(self.recipe.updates)
-        planned = [sum(len(plan.trained(u)) for plan in whole) for u in updates]
-        return Draw(indices, weight, rounds, plans, planned)
+        planned = [sum(len(plan.trained(u)) for plan in plans + without) for u in updates]
+        spared = sum(plan.counts().forwards for plan in without)
+        return Draw(indices, weight, rounds, plans, planned, spared)
 
     def prompt_weights(self, indices: Ints, iteration: int) -> dict[int, float]:
         """Returns 1 / (1 - P) of the prompts that are rolled out, by uid.
@@ -153,9 +109,10 @@ class Pruning:
                 weight[uid] = 1.0 / (1.0 - rate)
         return weight
 
-    def state(self) -> dict[str, float]:
-        """Returns the running score of every prompt index seen, ready for JSON."""
-        return {str(index): score for index, score in self.history.items()}
+    def state(self) -> dict[str, Any]:
+        """Returns what is remembered of prompts and of the spread, ready for JSON."""
+        prompts = {str(index): score for index, score in self.history.items()}
+        return {"prompts": prompts, "spread": self.spread.state()}
 
     def load(self, state: Mapping[str, Any], where: Path | str) -> None:
         """Takes a state back.
@@ -163,13 +120,14 @@ class Pruning:
         Raises:
             ValueError: it is damaged; names `where`.
         """
-        for index, score in state.items():
+        for index, score in state["prompts"].items():
             if not (index.isdecimal() and isinstance(score, float) and 0.0 <= score < math.inf):
                 raise ValueError(
                     f"Pruning: {where} must hold a score >= 0 per prompt index, got "
                     f"{score!r} for {index!r}"
                 )
-        self.history = {int(index): float(score) for index, score in state.items()}
+        self.history = {int(index): float(score) for index, score in state["prompts"].items()}
+        self.spread.load(state["spread"], where)
 
     def remember(self, indices: Ints, batches: Sequence[Batch]) -> None:
         """Updates the running mean |advantage| of the prompts that were rolled out."""
@@ -208,7 +166,14 @@ class Pruning:
         return dropped
 
     def weights(self, batch: Batch, *, iteration: int, update: int = 0, inner: int = 0) -> Weights:
-        """Draws the edge weights of one pass over a batch.
+        """Draws the edge weights of one pass over a batch; see `coins`."""
+        coins = self.coins(batch, iteration=iteration, update=update, inner=inner)
+        return Weights(batch.weight, Sums()) if coins is None else coins.weights(batch.weight)
+
+    def coins(
+        self, batch: Batch, *, iteration: int, update: int = 0, inner: int = 0
+    ) -> Coins | None:
+        """Draws the coins of one pass over a batch, None if nothing is ever dropped.
 
         Args:
             batch: credited; its weights are multiplied.
@@ -221,7 +186,7 @@ class Pruning:
                 not those of all planned edges.
         """
         if self.config == PruningConfig():
-            return Weights(batch.weight, Sums())
+            return None
         plan, objective, config = batch.forest.plan, self.recipe.objective, self.config
         units = unbiased.trained_units(plan, update, objective.together)
         norm2 = unbiased.gradient_norm2(plan, units, self._slope(batch, units.edges))
@@ -229,14 +194,11 @@ class Pruning:
         edges = live_edges(plan, batch.credit.advantage, np.ones(len(plan)), objective, update)
         live[units.owner[np.isin(units.edges, edges)]] = True
         paid[units.owner[np.isin(units.edges, edges[batch.weight[edges] != 0.0])]] = True
-        if not config.unbiased:
-            kept = Kept(np.ones(len(live)), np.ones(len(live)))
-            return Weights(batch.weight, _sums(units, kept, norm2, live, paid))
-        p = self._probability(batch, units, norm2, paid)
-        kept = self._keep(plan, units, p, batch.uids, iteration, inner)
-        weight = batch.weight.copy()
-        weight[units.edges] *= kept.weight[units.owner]
-        return Weights(weight, _sums(units, kept, norm2, live, paid))
+        kept = Kept(np.ones(len(live)), np.ones(len(live)))
+        if config.unbiased:
+            p = self._probability(batch, units, norm2, paid)
+            kept = self._keep(plan, units, p, batch.uids, iteration, inner)
+        return Coins(units, kept, norm2, live, paid)
 
     def _slope(self, batch: Batch, edges: Ints) -> Floats:
         plan, (plus, minus) = batch.forest.plan, batch.credit.advantage[edges].T
@@ -273,20 +235,3 @@ class Pruning:
         kept = unbiased.fixed(p, coin, units.prompt) if fix else unbiased.bernoulli(p, coin)
         most = self.config.cap
         return kept if most is None else Kept(np.minimum(kept.weight, most), kept.probability)
-
-
-def _sums(
-    units: Units, kept: Kept, norm2: Floats, live: NDArray[np.bool_], paid: NDArray[np.bool_]
-) -> Sums:
-    """Returns the sums of a pass: `paid` units are left by the recipe's pruner, then come coins."""
-    weight = np.where(paid, kept.weight, 0.0)[live]
-    cost, p = units.cost[live], np.where(paid, kept.probability, 0.0)[live]
-    return Sums(
-        parents=float(cost.sum()),
-        kept=float(cost[weight > 0.0].sum()),
-        expected=float(cost @ p),
-        weight=float(weight.sum()),
-        weight2=float(weight @ weight),
-        added=unbiased.added_variance(kept.probability[paid], norm2[paid]),
-        norm2=float(norm2[paid].sum()),
-    )

@@ -46,7 +46,30 @@ class Moment:
 Sigmas = Sequence[float] | NDArray[np.float64]
 Grow = Callable[[Tree, Moment], None]
 Credit = Callable[[Plan, Floats, Floats, Floats], EdgeCredit]
+Pool = Callable[[Plan, Floats, Floats], Floats]
 Prune = Callable[[Plan, Floats, int], Floats]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledCredit:
+    """A credit that divides by a std over all prompts of the call, or by one that it is given."""
+
+    credit: Callable[..., EdgeCredit]
+    """(plan, rewards (L, R), reward weights (R,), log_prob (M,), spread=None or (K,))."""
+    pool: Pool
+    """(plan, rewards (L, R), reward weights (R,)) -> (L, K) values whose std it is."""
+    ddof: int
+    """Of the std."""
+
+    def __call__(
+        self, plan: Plan, rewards: Floats, weights: Floats, log_prob: Floats, **given: Any
+    ) -> EdgeCredit:
+        """Returns the credit; without `spread` by the call's own."""
+        return self.credit(plan, rewards, weights, log_prob, **given)
+
+    def by(self, spread: Floats) -> Credit:
+        """Returns the credit that divides by this (K,) std in every call."""
+        return functools.partial(self, spread=spread)
 
 
 @dataclass(frozen=True, kw_only=True)
