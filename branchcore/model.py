@@ -117,6 +117,29 @@ def token_budget(
     return TokenBudget(tokens.astype(np.int64), max_tokens, model.variable_length)
 
 
+def check_tokens(model: Model, prompts: Sequence[str], max_tokens: int | None) -> None:
+    """Raises unless calls of an update may be filled by tokens.
+
+    Args:
+        model: the policy.
+        prompts: of the run; the first one's row must fit.
+        max_tokens: of a call; None = no budget.
+
+    Raises:
+        TypeError: the model does not count tokens.
+        NotImplementedError: its family pads all prompts alike.
+        ValueError: a row is longer than a call.
+    """
+    if max_tokens is None:
+        return
+    first = np.zeros(1, dtype=np.int64)
+    budget = token_budget(model.with_prompts(prompts[:1]), first, max_tokens)
+    if budget is not None and budget.tokens_M[0] > max_tokens:
+        raise ValueError(
+            f"check_tokens: max_tokens must hold a row of {budget.tokens_M[0]}, got {max_tokens}"
+        )
+
+
 def call_velocity(
     model: VelocityModel,
     x_ND: Tensor,

@@ -54,6 +54,9 @@ class PruningConfig:
     stop_rate: float = 0.0
     """Expected share of the leaves of the branches at such a depth that ends there, in [0, 1);
     `floor` is the least probability of going on at each, too."""
+    measure: int = 0
+    """Unbiased rules: every so many iterations the gradients of up to 32 kept parents are measured,
+    which tells the variance that is really added; changes nothing else. 0 = never."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -66,6 +69,10 @@ class PruningConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"PruningConfig: {name} must be float, got {value!r}")
+        if isinstance(self.measure, bool) or not isinstance(self.measure, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"PruningConfig: measure must be int, got {self.measure!r}")
+        if self.measure < 0:
+            raise ValueError(f"PruningConfig: measure must be at least 0, got {self.measure}")
         choices: dict[str, tuple[Any, ...]] = {
             "rule": ("none", *UNBIASED, *BIASED),
             "draw": ("bernoulli", "fixed"),
@@ -115,6 +122,7 @@ class PruningConfig:
             "draw": self.draw != "bernoulli" and self.rule not in ("uniform", "threshold"),
             "score": self.score != "mean" and self.rule != "threshold",
             "biased": self.biased and self.cap is None,
+            "measure": self.measure and self.rule not in UNBIASED,
         }
         for name, wrong in unread.items():
             if wrong:

@@ -244,13 +244,16 @@ def accumulate(
     )
 
 
-def noise_floor(batch: Batch, recipe: Recipe, *, max_batch: int | None = None) -> float | None:
+def noise_floor(
+    batch: Batch, recipe: Recipe, *, max_batch: int | None = None, max_tokens: int | None = None
+) -> float | None:
     """Measures |log ratio| of unchanged weights; warns if the clip range is below it.
 
     Args:
         batch: collected with the weights as they are now.
         recipe: its objective has the clip range.
         max_batch: parents of a model call; another batch shape than the rollout's gives other bits.
+        max_tokens: tokens of a model call.
 
     Returns:
         None where no ratio of stored velocities is ever taken.
@@ -258,7 +261,8 @@ def noise_floor(batch: Batch, recipe: Recipe, *, max_batch: int | None = None) -
     objective = recipe.objective
     if batch.forest.velocity is None or not isinstance(objective, ClippedRatio):
         return None
-    floor = log_ratio_floor(batch.forest, batch.model, objective, max_batch=max_batch)
+    limits = {"max_batch": max_batch, "max_tokens": max_tokens}
+    floor = log_ratio_floor(batch.forest, batch.model, objective, **limits)
     if floor > min(objective.clip):
         warnings.warn(
             f"noise_floor: the clip range must exceed the noise floor of the log ratio, got clip "

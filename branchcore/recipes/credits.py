@@ -25,7 +25,7 @@ from branchcore.credit import (
 )
 from branchcore.leaf_weights import LeafWeight
 from branchcore.plan import Plan
-from branchcore.recipes.recipe import Credit, weighs_leaves
+from branchcore.recipes.recipe import Credit, PooledCredit, weighs_leaves
 from branchcore.recipes.step_weights import inverse_step_weight, noise_weight, weighted
 from branchcore.recipes.tree_credits import (
     ancestor_credit,
@@ -77,7 +77,8 @@ def group_credit(
         eps: added to the std; 1e-8 in DanceGRPO, 1e-4 in Flow-GRPO.
         reward_first: normalise the weighted sum of raw rewards (Flow-GRPO) instead of summing
             normalised rewards.
-        global_std: divide by the std over all prompts of the call instead of the prompt's own.
+        global_std: divide by the std over all prompts of the call instead of the prompt's own; the
+            result is a `PooledCredit`.
         separate: one clipped loss per reward (DanceGRPO).
         trimmed: lowest fraction of the group that mean and std leave out (MixGRPO), in [0, 1).
         average: divide the rewards' weights by their sum (MixGRPO).
@@ -92,16 +93,27 @@ def group_credit(
     if global_std and trimmed:
         raise ValueError(f"group_credit: trimmed must be 0 with global_std, got {trimmed}")
 
+    def pool(
+        _plan: Plan, rewards_LR: Floats, weight_R: Floats, _leaf_weight: LeafWeight = None, /
+    ) -> Floats:
+        return _weighted_sum(rewards_LR, weight_R) if reward_first else rewards_LR
+
     @weighs_leaves
     def credit(
-        plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats, leaf_weight: LeafWeight
+        plan: Plan,
+        rewards_LR: Floats,
+        weight_R: Floats,
+        _log_prob: Floats,
+        leaf_weight: LeafWeight,
+        spread: Floats | None = None,
     ) -> EdgeCredit:
-        prompts, scored, pool = leaf_prompts(plan), rewards_LR, rewards_LR
+        prompts, scored = leaf_prompts(plan), rewards_LR
+        if global_std and spread is None:
+            near = relative(rewards_LR, np.zeros_like(prompts)) if reward_first else rewards_LR
+            spread = pooled_std(pool(plan, near, weight_R), ddof, leaf_weight)
         if reward_first:
             scored = _weighted_sum(relative(rewards_LR, prompts), weight_R)
-            pool = _weighted_sum(relative(rewards_LR, np.zeros_like(prompts)), weight_R)
             weight_R = np.ones(1)
-        spread = pooled_std(pool, ddof, leaf_weight) if global_std else None
         scores = standardize(
             scored,
             prompts,
@@ -115,7 +127,7 @@ def group_credit(
         share_R = weight_R / weight_R.sum() if average else weight_R
         return split_sign(advantage, share_R, separate=separate)
 
-    return credit
+    return PooledCredit(credit=credit, pool=pool, ddof=ddof) if global_std else credit
 
 
 def granular_credit(*, ddof: int = 1, eps: float = 1e-8) -> Credit:
@@ -148,7 +160,8 @@ def gdpo_credit(
 ) -> Credit:
     """Returns GDPO's credit: every reward standardised alone, summed, divided by the call's std.
 
-    Every group's sum has mean 0, so that the batch step is one positive factor for all prompts.
+    Every group's sum has mean 0, so that the batch step is one positive factor for all prompts,
+    which a `PooledCredit` may be given.
 
     Args:
         ddof: of both stds; 1 in the released code.
@@ -170,17 +183,16 @@ def gdpo_credit(
                 f"{(reward, behind)}"
             )
 
-    @weighs_leaves
-    def credit(
-        plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats, leaf_weight: LeafWeight
-    ) -> EdgeCredit:
+    def pool(
+        plan: Plan, rewards_LR: Floats, weight_R: Floats, leaf_weight: LeafWeight = None, /
+    ) -> Floats:
         num_rewards = rewards_LR.shape[1]
         if num_rewards < 2:
             raise ValueError(
                 f"gdpo_credit: rewards must have at least 2 components, got {num_rewards}; "
                 "try group_credit"
             )
-        values, prompts = rewards_LR.copy(), leaf_prompts(plan)
+        values = rewards_LR.copy()
         for reward, behind, threshold in conditions:
             if max(reward, behind) >= num_rewards:
                 raise ValueError(
@@ -188,14 +200,26 @@ def gdpo_credit(
                     f"{(reward, behind)}"
                 )
             values[rewards_LR[:, behind] < threshold, reward] = 0.0
-        each = standardize(values, prompts, ddof=ddof, eps=eps, weight_n=leaf_weight)
-        total = _weighted_sum(each, weight_R)
-        spread = pooled_std(total, ddof, leaf_weight)
+        each = standardize(values, leaf_prompts(plan), ddof=ddof, eps=eps, weight_n=leaf_weight)
+        return _weighted_sum(each, weight_R)
+
+    @weighs_leaves
+    def credit(
+        plan: Plan,
+        rewards_LR: Floats,
+        weight_R: Floats,
+        _log_prob: Floats,
+        leaf_weight: LeafWeight,
+        spread: Floats | None = None,
+    ) -> EdgeCredit:
+        total = pool(plan, rewards_LR, weight_R, leaf_weight)
+        spread = pooled_std(total, ddof, leaf_weight) if spread is None else spread
+        prompts = leaf_prompts(plan)
         scores = standardize(total, prompts, eps=eps, spread=spread, weight_n=leaf_weight)
         advantage = edge_values(plan, lift(plan, scores, mean_weight(plan), leaf_weight))
         return split_sign(advantage, np.ones(1))
 
-    return credit
+    return PooledCredit(credit=credit, pool=pool, ddof=ddof)
 
 
 def pair_credit() -> Credit:

@@ -60,6 +60,7 @@ class Credit(Protocol):
         /,
         *,
         leaf_weight: LeafWeight = None,
+        **given: Any,
     ) -> EdgeCredit:
         """Returns the advantages of a call's edges.
 
@@ -70,11 +71,44 @@ class Credit(Protocol):
             log_prob: (M,) log-probability of every edge.
             leaf_weight: (L,) weights of the leaves in all statistics; 0 = missing, whatever its
                 rewards. None, or all equal = the plain statistics. Edges without a leaf get 0.
+            **given: `spread` of a `PooledCredit`.
         """
         ...
 
 
+class Pool(Protocol):
+    """What a std over all prompts is taken of."""
+
+    def __call__(
+        self, plan: Plan, rewards: Floats, weights: Floats, leaf_weight: LeafWeight = None, /
+    ) -> Floats:
+        """Returns (L, K) values of the leaves; arguments as of `Credit`, no NaN in the rewards."""
+        ...
+
+
 Prune = Callable[[Plan, Floats, int], Floats]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledCredit:
+    """A credit that divides by a std over all prompts of the call, or by one that it is given."""
+
+    credit: Callable[..., EdgeCredit]
+    """A `Credit` with spread=None or (K,)."""
+    pool: Pool
+    """What it is the std of."""
+    ddof: int
+    """Of the std."""
+
+    def __call__(
+        self, plan: Plan, rewards: Floats, weights: Floats, log_prob: Floats, /, **given: Any
+    ) -> EdgeCredit:
+        """Returns the credit; without `spread` by the call's own."""
+        return self.credit(plan, rewards, weights, log_prob, **given)
+
+    def by(self, spread: Floats) -> Credit:
+        """Returns the credit that divides by this (K,) std in every call."""
+        return functools.partial(self, spread=spread)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +173,7 @@ class Preset:
     """Paper or script, and what else it sets: resolution, guidance, adapter."""
 
 
-Estimator = Callable[[Plan, Floats, Floats, Floats, LeafWeight], EdgeCredit]
+Estimator = Callable[..., EdgeCredit]
 """A `Credit` whose leaf weights are valid and not all equal, whose rewards have no gaps."""
 
 
@@ -154,14 +188,15 @@ def weighs_leaves(estimator: Estimator) -> Credit:
         /,
         *,
         leaf_weight: LeafWeight = None,
+        **given: Any,
     ) -> EdgeCredit:
         leaf_weight = None if leaf_weight is None else checked(plan, leaf_weight)
         if leaf_weight is None:
-            return estimator(plan, rewards, weights, log_prob, None)
+            return estimator(plan, rewards, weights, log_prob, None, **given)
         if not leaf_weight.any():
             return EdgeCredit(np.zeros((len(plan), 2)), np.zeros(len(plan)))
         whole = filled(plan, rewards, leaf_weight)
-        advantage, value = estimator(plan, whole, weights, log_prob, leaf_weight)
+        advantage, value = estimator(plan, whole, weights, log_prob, leaf_weight, **given)
         there = edge_weight(plan, leaf_weight) > 0.0
         return EdgeCredit(np.where(there[:, None], advantage, 0.0), np.where(there, value, 0.0))
 

@@ -6,6 +6,8 @@ Letters: M rows. Import these from `branchcore.recipes.credits`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from branchcore.credit import EdgeCredit, Floats
 from branchcore.leaf_weights import LeafWeight
 from branchcore.plan import Plan
-from branchcore.recipes.recipe import Credit, weighs_leaves
+from branchcore.recipes.recipe import Credit, PooledCredit, weighs_leaves
 
 
 def weighted(credit: Credit, weight: Callable[[Plan], Floats]) -> Credit:
@@ -28,9 +30,16 @@ def weighted(credit: Credit, weight: Callable[[Plan], Floats]) -> Credit:
 
     @weighs_leaves
     def reweighed(
-        plan: Plan, rewards: Floats, weights: Floats, log_prob: Floats, leaf_weight: LeafWeight
+        plan: Plan,
+        rewards: Floats,
+        weights: Floats,
+        log_prob: Floats,
+        leaf_weight: LeafWeight,
+        **given: Any,
     ) -> EdgeCredit:
-        advantage, value = credit(plan, rewards, weights, log_prob, leaf_weight=leaf_weight)
+        advantage, value = credit(
+            plan, rewards, weights, log_prob, leaf_weight=leaf_weight, **given
+        )
         factor = weight(plan)
         good = np.isfinite(factor) & (factor >= 0.0)
         if factor.shape != (len(plan),) or not good.all():
@@ -40,7 +49,7 @@ def weighted(credit: Credit, weight: Callable[[Plan], Floats]) -> Credit:
             )
         return EdgeCredit(advantage * factor[:, None], value)
 
-    return reweighed
+    return replace(credit, credit=reweighed) if isinstance(credit, PooledCredit) else reweighed
 
 
 def _steps(name: str, plan: Plan) -> NDArray[np.bool_]:
