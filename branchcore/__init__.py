@@ -22,6 +22,7 @@ if (
 
 from branchcore import (
     credit,
+    leaf_weights,
     matching,
     ops,
     packing,
@@ -34,7 +35,7 @@ from branchcore import (
 )
 from branchcore._dispatch import explain, use
 from branchcore.drawing import draw
-from branchcore.forest import Forest
+from branchcore.forest import Forest, Stop
 from branchcore.gradient import Statistics, gradient
 from branchcore.guidance import RewardGuided
 from branchcore.model import Model, VelocityModel
@@ -48,6 +49,7 @@ from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Scores, score
 from branchcore.rollout import rollout
 from branchcore.stages import Batch, accumulate, collect
+from branchcore.stopping import Stopping
 from branchcore.trainer import Trainer
 from branchcore.trainer_config import TrainerConfig
 from branchcore.tree import Tree
@@ -69,6 +71,8 @@ __all__ = [
     "RewardGuided",
     "Scores",
     "Statistics",
+    "Stop",
+    "Stopping",
     "Trainer",
     "TrainerConfig",
     "Tree",
@@ -80,6 +84,7 @@ __all__ = [
     "draw",
     "explain",
     "gradient",
+    "leaf_weights",
     "matching",
     "ops",
     "packing",

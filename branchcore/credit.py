@@ -1,7 +1,9 @@
 """From leaf rewards to edge advantages: two verbs, `lift` and `standardize`, in either order.
 
 Host float64 throughout: a tree has a few hundred nodes. Letters: M rows, L leaves, R rewards.
-Groups are named by columns of the plan, see `Plan.group`.
+Groups are named by columns of the plan, see `Plan.group`. Where leaves have weights (some of them
+were not grown, or not scored) every mean, std and lift is weighted, and a weight of 0 hides a leaf
+whatever its value; see `leaf_weights`.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ def standardize(
     spread: Floats | None = None,
     among: NDArray[np.bool_] | None = None,
     trimmed: float = 0.0,
+    weight_n: Floats | None = None,
 ) -> Floats:
     """Returns z-scores per group and reward: (value - mean) / (std + eps).
 
@@ -51,6 +54,9 @@ def standardize(
         among: (n,) rows that count; the others take no part and get 0. None = all.
         trimmed: lowest fraction of each group, per reward, that mean and std leave out; its rows
             are still scored. In [0, 1); MixGRPO's `trimmed_ratio`.
+        weight_n: (n,) weights of the rows; those of weight 0 take no part, whatever their values,
+            and get 0. None = 1 each. With W = sum w, W2 = sum w^2 and m_eff = W^2 / W2:
+            mean = sum w r / W, var = sum w (r - mean)^2 / W * m_eff / (m_eff - ddof).
 
     Returns:
         (n, R) float64; 0 for a group of one and for values that are equal up to rounding.
@@ -68,12 +74,14 @@ def standardize(
     if not 0.0 <= trimmed < 1.0:
         raise ValueError(f"standardize: trimmed must be in [0, 1), got {trimmed}")
     out = np.zeros_like(values_nR, dtype=np.float64)
-    rows = np.arange(len(values_nR)) if among is None else np.flatnonzero(among)
+    weight = np.ones(len(values_nR)) if weight_n is None else weight_n
+    rows = np.flatnonzero(weight if among is None else (weight > 0.0) & among)
     if not len(rows):
         return out
-    group = np.unique(group_n[rows], return_inverse=True)[1].reshape(-1)
+    group, weight = np.unique(group_n[rows], return_inverse=True)[1].reshape(-1), weight[rows]
     values = np.asarray(values_nR, dtype=np.float64)[rows]
-    mean, std, live = _statistics(values, group, _counted(values, group, trimmed), ddof)
+    counted = _counted(values, group, trimmed, weight)
+    mean, std, live = _statistics(values, group, counted, ddof, weight)
     divisor = std if spread is None else _checked_spread(spread, std)
     live &= (std >= floor) & (divisor > 0.0)
     divisor = np.where(live, divisor + eps, 1.0)
@@ -82,37 +90,64 @@ def standardize(
 
 
 def _statistics(
-    values: Floats, group: Ints, counted: NDArray[np.bool_], ddof: int
+    values: Floats, group: Ints, counted: NDArray[np.bool_], ddof: int, weight: Floats
 ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     """Returns (groups, R) mean, std, and whether the counted values differ by more than rounding.
 
     The rule for groups that get 0 lives here alone; a group of one has no difference.
     """
     shape = (int(group.max()) + 1, values.shape[1])
-    size, total, square = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    np.add.at(size, group, counted.astype(np.float64))
-    np.add.at(total, group, np.where(counted, values, 0.0))
+    size, total, square, count, size2 = np.zeros((5, *shape))
+    w = np.where(counted, weight[:, None], 0.0)
+    np.add.at(count, group, counted.astype(np.float64))
+    np.add.at(size, group, w)
+    np.add.at(size2, group, w**2)
+    np.add.at(total, group, w * values)
     mean = total / size
-    np.add.at(square, group, np.where(counted, values - mean[group], 0.0) ** 2)
+    np.add.at(square, group, w * (values - mean[group]) ** 2)
     low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
     np.minimum.at(low, group, np.where(counted, values, np.inf))
     np.maximum.at(high, group, values)
     live = high - low > _ROUNDING * np.maximum(np.abs(low), np.abs(high))
-    return mean, np.sqrt(square / np.maximum(size - ddof, 1.0)), live
+    divisor = np.where(count > ddof, size - ddof * size2 / size, 1.0)
+    return mean, np.sqrt(square / divisor), live
 
 
-def _counted(values: Floats, group: Ints, trimmed: float) -> NDArray[np.bool_]:
-    """(n, R) rows that mean and std are taken over: all but a group's lowest fraction."""
+def _counted(values: Floats, group: Ints, trimmed: float, weight: Floats) -> NDArray[np.bool_]:
+    """(n, R) rows that mean and std are taken over: all but a group's lowest fraction.
+
+    A row fills its share of the group's weight; it stays if any of that is above the cut.
+    """
     counted = np.ones(values.shape, dtype=bool)
     if not trimmed:
         return counted
     size = np.bincount(group)
+    share = weight * (size / np.bincount(group, weight))[group]
     start = np.cumsum(size) - size
     for r, column in enumerate(values.T):
         order = np.lexsort((column, group))
-        rank = np.arange(len(group)) - start[group[order]]
-        counted[order, r] = rank >= np.floor(size * trimmed)[group[order]]
+        filled = np.cumsum(share[order])
+        below = (filled - share[order])[start] + np.floor(size * trimmed)
+        counted[order, r] = filled > below[group[order]] + 1e-9
     return counted
+
+
+def pooled_std(values_nR: Floats, ddof: int, weight_n: Floats | None = None) -> Floats:
+    """Returns (R,) the std of all rows, whose groups do not matter; 0 without rows.
+
+    Args:
+        values_nR: (n, R) rewards, already comparable.
+        ddof: see `standardize`, whose formula this is.
+        weight_n: (n,) weights, 0 = hidden; None = 1 each.
+    """
+    if weight_n is None:
+        return values_nR.std(0, ddof=ddof)
+    rows = np.flatnonzero(weight_n)
+    if not len(rows):
+        return np.zeros(values_nR.shape[1])
+    values, weight = values_nR[rows], weight_n[rows]
+    counted = np.ones(values.shape, dtype=bool)
+    return _statistics(values, np.zeros(len(rows), dtype=np.int64), counted, ddof, weight)[1][0]
 
 
 def _checked_spread(spread: Floats, like: Floats) -> Floats:
@@ -139,19 +174,32 @@ def relative(values_nR: Floats, group_n: Ints) -> Floats:
     return np.where(np.abs(difference) > _ROUNDING * size, difference, 0.0)
 
 
-def lift(plan: Plan, leaf_values_LR: Floats, weight_M: Floats | None = None) -> Floats:
+def lift(
+    plan: Plan,
+    leaf_values_LR: Floats,
+    weight_M: Floats | None = None,
+    leaf_weight_L: Floats | None = None,
+) -> Floats:
     """Returns (M, R) node values: own leaf value + sum over children of weight * child's value.
 
     Args:
         plan: M rows with L leaves.
         leaf_values_LR: (L, R) in the plan's leaf order; nodes that are no leaf own 0.
         weight_M: (M,) weight of the edge into each node; None = 1 (sums over the leaves below).
+        leaf_weight_L: (L,) weights of the leaves; None = 1 each. With o_l the product of `weight_M`
+            on the way to leaf l, a node gets sum o w r / sum o w * sum o: leaves of weight 0 are
+            hidden whatever their values, and stand for what is like the others. 0 where none shows.
     """
     if leaf_values_LR.ndim != 2 or len(leaf_values_LR) != int(plan.leaf.sum()):
         raise ValueError(
             f"lift: leaf_values_LR must be (L, R) with L={int(plan.leaf.sum())}, "
             f"got {leaf_values_LR.shape}"
         )
+    if leaf_weight_L is not None:
+        w = leaf_weight_L[:, None]
+        shown = lift(plan, np.where(w > 0.0, w * leaf_values_LR, 0.0), weight_M)
+        mass, every = lift(plan, w, weight_M), lift(plan, np.ones_like(w), weight_M)
+        return np.where(mass > 0.0, shown / np.where(mass > 0.0, mass, 1.0) * every, 0.0)
     value = np.zeros((len(plan), leaf_values_LR.shape[1]))
     value[plan.leaf] = leaf_values_LR
     weight = np.ones(len(plan)) if weight_M is None else weight_M

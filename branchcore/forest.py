@@ -5,8 +5,9 @@ Letters: M rows of the plan, D latent elements, S kept states, L leaves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,16 @@ from torch import Tensor
 from branchcore.masked_backward import MaskedBackward
 from branchcore.noise import LATENT, Noise
 from branchcore.plan import Ints, Plan
+
+
+class Stop(NamedTuple):
+    """Where a rollout asks which branches go on, and who answers."""
+
+    depths: Sequence[int]
+    """Levels of the plan, each with something to stop."""
+    choose: Callable[[int, Ints, Tensor], NDArray[np.bool_]]
+    """(depth, (N,) nodes, (N, D) previews x0 = x - sigma v) -> (N,) which go on. The nodes are
+    those whose branches are grown and have a leaf to come."""
 
 
 @dataclass
@@ -49,6 +60,8 @@ class Forest:
     """(S, D) rollout velocities in the slots of trained nodes; kept for updates after the first."""
     evaluated: NDArray[np.bool_]
     """(M,) nodes whose velocity the rollout computed."""
+    alive: NDArray[np.bool_]
+    """(M,) False from a node on whose branch was stopped; states below it are 0."""
     tape: list[TapePart] = field(default_factory=list[TapePart])
     masked: MaskedBackward | None = None
     """What counts the rows of the tape's backwards, if they leave out rows without a gradient."""
@@ -57,7 +70,7 @@ class Forest:
 
     @property
     def leaves(self) -> Tensor:
-        """(L, D) states of the leaves in the plan's leaf order."""
+        """(L, D) states of the leaves in the plan's leaf order; 0 where a branch was stopped."""
         return self.states(np.flatnonzero(self.plan.leaf))
 
     def states(self, nodes: Ints) -> Tensor:
@@ -88,6 +101,63 @@ def edge_noise(
 def noise_rows(noise: Noise, lo: int, hi: int) -> Noise:
     """Returns the noise of rows lo..hi - 1."""
     return Noise(noise.key, noise.counter[lo:hi], noise.mix[lo:hi])
+
+
+def stoppable(plan: Plan, depth: int) -> Ints:
+    """Returns the nodes of a level whose branches can be stopped: evaluated, with leaves to come.
+
+    Raises:
+        ValueError: there is none, or one of them is a leaf itself.
+    """
+    inner = plan.evaluated & (plan.leaves_below > plan.leaf)
+    nodes = np.flatnonzero(inner & (plan.depth == depth))
+    if not len(nodes):
+        raise ValueError(
+            "rollout: stop must be at depths with nodes above leaves, in "
+            f"0..{plan.depth[inner].max(initial=0)}, got {depth}"
+        )
+    if plan.leaf[nodes].any():
+        row = int(nodes[np.argmax(plan.leaf[nodes])])
+        raise ValueError(
+            f"rollout: stop must be at depths whose nodes with leaves below are no leaves, got "
+            f"{depth} with row {row}; try another depth"
+        )
+    return nodes
+
+
+def end_branches(forest: Forest, stop: Stop, depth: int, nodes: Ints, x: Tensor, v: Tensor) -> None:
+    """Asks which branches of a level go on; marks the others and all that is below them.
+
+    Args:
+        forest: while it grows.
+        stop: who answers.
+        depth: of the level.
+        nodes: of `stoppable`; those that an earlier answer ended are not asked about again.
+        x: (N, D) states of the whole level.
+        v: (N, D) their velocities.
+
+    Raises:
+        ValueError: the answer is not one bool per node.
+    """
+    plan, alive = forest.plan, forest.alive
+    nodes = nodes[alive[nodes]]
+    if not len(nodes):
+        return
+    lo, hi = plan.levels()[depth]
+    index, rows = upload([nodes, nodes - lo], x.device)
+    x0 = x[rows] - forest.sigma[index, None] * v[rows]
+    goes_on = np.asarray(stop.choose(depth, nodes, x0))
+    if goes_on.dtype != np.bool_ or goes_on.shape != nodes.shape:
+        raise ValueError(
+            f"rollout: stop must choose ({len(nodes)},) of True or False, got {goes_on.shape} "
+            f"{goes_on.dtype}"
+        )
+    alive[nodes[~goes_on]] = False
+    for first, last in plan.levels()[depth + 1 :]:
+        alive[first:last] &= alive[plan.parent[first:last]]
+    forest.evaluated[hi:] &= alive[hi:]
+    gone = forest.slot[hi:][~alive[hi:]]
+    forest.x[torch.from_numpy(gone[gone >= 0]).to(x.device)] = 0.0
 
 
 def kept_slots(plan: Plan) -> Ints:

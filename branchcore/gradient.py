@@ -175,7 +175,12 @@ class _Terms(NamedTuple):
 
 
 def log_ratio_floor(
-    forest: Forest, model: VelocityModel, objective: ClippedRatio, *, max_batch: int | None = None
+    forest: Forest,
+    model: VelocityModel,
+    objective: ClippedRatio,
+    *,
+    max_batch: int | None = None,
+    max_tokens: int | None = None,
 ) -> float:
     """Measures the largest |log ratio| that unchanged weights give against stored velocities.
 
@@ -187,12 +192,17 @@ def log_ratio_floor(
         model: weights unchanged since the rollout.
         objective: defines the ratio.
         max_batch: parents of the micro-batch; None = all.
+        max_tokens: tokens of the micro-batch; None = any.
     """
     plan = forest.plan
     if forest.velocity is None:
         raise ValueError("log_ratio_floor: forest must have stored velocities, got none")
     edges = plan.trained(1 if plan.num_updates > 1 else 0)
-    batch = pack_parents(plan, edges, max_batch)[0]
+    edges = edges[forest.evaluated[plan.action[edges]]]
+    if not len(edges):
+        return 0.0
+    budget = token_budget(model, plan.prompt, max_tokens)
+    batch = pack_parents(plan, edges, max_batch, budget=budget)[0]
     ones = np.ones((len(plan), 2))
     (term,) = _terms(forest, [batch], ones, ones[:, 0], objective)
     with torch.no_grad():

@@ -71,6 +71,21 @@ class Model(Protocol):
         ...
 
 
+def decoded(model: Model, x_ND: Tensor, max_batch: int | None) -> Tensor:
+    """Returns the images (N, ...) of flat states at sigma 0, without a graph; no call if N is 0.
+
+    Args:
+        model: the policy.
+        x_ND: (N, D) states.
+        max_batch: images of a call at most; None = all at once.
+    """
+    latents = x_ND.view(len(x_ND), *model.latent_shape)
+    if not len(latents):
+        return latents
+    with torch.no_grad():
+        return torch.cat([model.decode(part) for part in latents.split(max_batch or len(latents))])
+
+
 def token_budget(
     model: VelocityModel, prompt: NDArray[np.integer], max_tokens: int | None
 ) -> TokenBudget | None:
@@ -100,6 +115,29 @@ def token_budget(
             f"{tokens.dtype} from {tokens.min(initial=1)}"
         )
     return TokenBudget(tokens.astype(np.int64), max_tokens, model.variable_length)
+
+
+def check_tokens(model: Model, prompts: Sequence[str], max_tokens: int | None) -> None:
+    """Raises unless calls of an update may be filled by tokens.
+
+    Args:
+        model: the policy.
+        prompts: of the run; the first one's row must fit.
+        max_tokens: of a call; None = no budget.
+
+    Raises:
+        TypeError: the model does not count tokens.
+        NotImplementedError: its family pads all prompts alike.
+        ValueError: a row is longer than a call.
+    """
+    if max_tokens is None:
+        return
+    first = np.zeros(1, dtype=np.int64)
+    budget = token_budget(model.with_prompts(prompts[:1]), first, max_tokens)
+    if budget is not None and budget.tokens_M[0] > max_tokens:
+        raise ValueError(
+            f"check_tokens: max_tokens must hold a row of {budget.tokens_M[0]}, got {max_tokens}"
+        )
 
 
 def call_velocity(

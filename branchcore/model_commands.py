@@ -146,8 +146,19 @@ def settings(texts: Sequence[str], recipe: str) -> tuple[dict[str, Any], dict[st
     if of_pruning:
         rule = of_pruning.pop("prune", "none")
         named = {name.removeprefix("prune_"): value for name, value in of_pruning.items()}
+        named |= {"stop": _depths(named["stop"])} if "stop" in named else {}
         chosen[1]["prune"] = PruningConfig(rule=rule, **named)
     return chosen
+
+
+def _depths(value: Any) -> tuple[Any, ...]:
+    """Returns depths given as 4, as 4,6 or as [4, 6]."""
+    parts = value.split(",") if isinstance(value, str) else value
+    parts = parts if isinstance(parts, list) else [parts]
+    try:
+        return tuple(int(part) if isinstance(part, str) else part for part in parts)
+    except ValueError as error:
+        raise ValueError(f"--set prune_stop must be depths like 4,6, got {value!r}") from error
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 LATENT, RECIPE, SHARED, PRUNING = 0, 1, 2, 3
 NO_STREAM = -1
+STOPPING_LANE = 2**32 - 1
+"""Of PRUNING: coins of branches that may be stopped during the rollout."""
 
 
 class Noise(NamedTuple):
@@ -41,7 +43,8 @@ def host_generator(
         uid: global sample position of the prompt, the same on any number of ranks.
         purpose: what the numbers are for; RECIPE = a prompt's windows and random subsets, prompt
             order; SHARED = what all prompts of an iteration agree on; PRUNING = coins.
-        lane: one of the purpose's independent streams; lane 0 of PRUNING is about the prompt.
+        lane: one of the purpose's independent streams; lane 0 of PRUNING is about the prompt,
+            lane 1 + n about the parents of pass n, STOPPING_LANE about branches.
 
     Source: numpy's Philox4x64-10; its stream is unrelated to the latents' Philox4x32-10.
     """

@@ -15,22 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from branchcore import unbiased
+from branchcore.coins import Coins, Weights
 from branchcore.credit import Floats
 from branchcore.gradient import live_edges
+from branchcore.leaf_weights import edge_weight
 from branchcore.noise import PRUNING, host_generator
 from branchcore.packing import balanced_chunks
 from branchcore.plan import Ints, Plan
+from branchcore.pooled_spread import PooledSpread
 from branchcore.prune import BIASED
 from branchcore.pruning_config import PruningConfig
-from branchcore.pruning_sums import Sums, sums_of
+from branchcore.pruning_sums import Sums
 from branchcore.recipes.recipe import Recipe
 from branchcore.stages import Batch
 from branchcore.unbiased import Kept, Units
 
 _MEMORY = 0.5
 """Share of its past that a prompt's running score keeps."""
-_COUPLED = (("global_std", True), ("credit", "gdpo"), ("prune_pool", "call"))
-"""Options of recipes under which statistics cross prompts."""
 
 
 class Draw(NamedTuple):
@@ -46,14 +47,8 @@ class Draw(NamedTuple):
     """Of the rounds."""
     planned: list[int]
     """(updates,) trained edges, those of dropped prompts included: the normalisers."""
-
-
-class Weights(NamedTuple):
-    """Edge weights of one pass."""
-
-    weight: Floats
-    """(M,) the batch's times what the coins gave."""
-    sums: Sums
+    spared: int
+    """Rollout forwards of dropped prompts."""
 
 
 class Pruning:
@@ -65,7 +60,8 @@ class Pruning:
         seed: of the run.
 
     Raises:
-        ValueError: the recipe's statistics cross prompts, and prompts are to be dropped.
+        ValueError: prompts are to be dropped, and the recipe has statistics over all of them that
+            no earlier iteration can stand in for.
     """
 
     def __init__(self, config: PruningConfig, recipe: Recipe, seed: int) -> None:
@@ -74,13 +70,8 @@ class Pruning:
         """Running mean |advantage| of every prompt index seen."""
         self.steps: dict[int, float] = {}
         """Running mean squared advantage of the trained edges at every depth seen."""
-        for name, value in _COUPLED:
-            if config.prompts and recipe.options.get(name) == value:
-                raise ValueError(
-                    f"Pruning: prompts must be 0 with {name}={value!r} of {recipe.name}, whose "
-                    f"statistics are taken over all prompts of a round, got {config.prompts}; a "
-                    "spread of the survivors biases the estimate"
-                )
+        self.spread = PooledSpread(recipe, config.prompts)
+        """The std over all prompts that the credit takes, if it takes one."""
 
     def draw(self, indices: Ints, iteration: int, per_round: int | None = None) -> Draw:
         """Draws the prompts of an iteration and plans its rounds.
@@ -96,10 +87,11 @@ class Pruning:
         where = {"seed": self.seed, "iteration": iteration}
         plans = [self.recipe.plan(one, **where) for one in rounds]
         dropped = [uid for uid in range(len(indices)) if uid not in weight]
-        whole = plans + [self.recipe.plan([uid], **where) for uid in dropped]
+        without = [self.recipe.plan([uid], **where) for uid in dropped]
         updates = range(self.recipe.updates)
-        planned = [sum(len(plan.trained(u)) for plan in whole) for u in updates]
-        return Draw(indices, weight, rounds, plans, planned)
+        planned = [sum(len(plan.trained(u)) for plan in plans + without) for u in updates]
+        spared = sum(plan.counts().forwards for plan in without)
+        return Draw(indices, weight, rounds, plans, planned, spared)
 
     def prompt_weights(self, indices: Ints, iteration: int) -> dict[int, float]:
         """Returns 1 / (1 - P) of the prompts that are rolled out, by uid.
@@ -121,12 +113,13 @@ class Pruning:
                 weight[uid] = 1.0 / (1.0 - rate)
         return weight
 
-    def state(self) -> dict[str, dict[str, float]]:
-        """Returns what is remembered of prompts and steps, ready for JSON."""
-        return {
+    def state(self) -> dict[str, Any]:
+        """Returns what is remembered of prompts, steps and the spread, ready for JSON."""
+        means = {
             name: {str(key): value for key, value in known.items()}
             for name, known in (("prompts", self.history), ("steps", self.steps))
         }
+        return {**means, "spread": self.spread.state()}
 
     def load(self, state: Mapping[str, Any], where: Path | str) -> None:
         """Takes a state back.
@@ -143,19 +136,23 @@ class Pruning:
                         f"{value!r} for {key!r}"
                     )
                 into[int(key)] = value
+        self.spread.load(state["spread"], where)
 
     def remember(self, indices: Ints, batches: Sequence[Batch]) -> None:
         """Updates the running means with all trained edges of what was rolled out."""
-        if self.config.prompts:
-            for batch in batches:
-                plan, edges = batch.forest.plan, batch.forest.plan.trained()
+        depths: list[Ints] = []
+        squares: list[Floats] = []
+        for batch in batches:
+            plan, edges = batch.forest.plan, batch.forest.plan.trained()
+            weight = edge_weight(plan, batch.leaf_weight)[edges]
+            size = batch.credit.advantage[edges].sum(1)
+            if self.config.prompts:
                 data = indices[[*batch.uids]][plan.prompt[edges]]
-                _remember(self.history, data, batch.credit.advantage[edges].sum(1))
+                _remember(self.history, data, weight * size)
+            depths.append(plan.depth[edges])
+            squares.append(weight * size**2)
         if self.config.rule == "history":
-            every = [(b.forest.plan.trained(), b) for b in batches]
-            depths = [b.forest.plan.depth[edges] for edges, b in every]
-            sizes = [b.credit.advantage[edges].sum(1) ** 2 for edges, b in every]
-            _remember(self.steps, np.concatenate(depths), np.concatenate(sizes))
+            _remember(self.steps, np.concatenate(depths), np.concatenate(squares))
 
     def weigh(self, batch: Batch, prompt_weight: Mapping[int, float]) -> Batch:
         """Returns a batch with the weights of its prompts and of a biased pruner multiplied in."""
@@ -198,7 +195,14 @@ class Pruning:
         return dropped if dropped.any() else None
 
     def weights(self, batch: Batch, *, iteration: int, update: int = 0, inner: int = 0) -> Weights:
-        """Draws the edge weights of one pass over a batch.
+        """Draws the edge weights of one pass over a batch; see `coins`."""
+        coins = self.coins(batch, iteration=iteration, update=update, inner=inner)
+        return Weights(batch.weight, Sums()) if coins is None else coins.weights(batch.weight)
+
+    def coins(
+        self, batch: Batch, *, iteration: int, update: int = 0, inner: int = 0
+    ) -> Coins | None:
+        """Draws the coins of one pass over a batch, None if nothing is ever dropped.
 
         Args:
             batch: credited; its weights are multiplied.
@@ -211,7 +215,7 @@ class Pruning:
                 not those of all planned edges.
         """
         if self.config == PruningConfig():
-            return Weights(batch.weight, Sums())
+            return None
         plan, objective, config = batch.forest.plan, self.recipe.objective, self.config
         units = unbiased.trained_units(plan, update, objective.together)
         norm2 = unbiased.gradient_norm2(plan, units, self._slope(batch, units.edges))
@@ -219,14 +223,11 @@ class Pruning:
         edges = live_edges(plan, batch.credit.advantage, np.ones(len(plan)), objective, update)
         live[units.owner[np.isin(units.edges, edges)]] = True
         paid[units.owner[np.isin(units.edges, edges[batch.weight[edges] != 0.0])]] = True
-        if not config.unbiased:
-            kept = Kept(np.ones(len(live)), np.ones(len(live)))
-            return Weights(batch.weight, sums_of(units, kept, norm2, live, paid))
-        p = self._probability(batch, units, norm2, paid)
-        kept = self._keep(plan, units, p, batch.uids, iteration, inner)
-        weight = batch.weight.copy()
-        weight[units.edges] *= kept.weight[units.owner]
-        return Weights(weight, sums_of(units, kept, norm2, live, paid))
+        kept = Kept(np.ones(len(live)), np.ones(len(live)))
+        if config.unbiased:
+            p = self._probability(batch, units, norm2, paid)
+            kept = self._keep(plan, units, p, batch.uids, iteration, inner)
+        return Coins(units, kept, norm2, live, paid)
 
     def _slope(self, batch: Batch, edges: Ints) -> Floats:
         plan, (plus, minus) = batch.forest.plan, batch.credit.advantage[edges].T

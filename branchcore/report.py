@@ -12,10 +12,12 @@ import numpy as np
 
 from branchcore import recipes
 from branchcore.drawing import draw
+from branchcore.forest import stoppable
 from branchcore.passes import unshare
 from branchcore.plan import Counts, Plan
 from branchcore.pruning_config import PruningConfig
 from branchcore.recipes.recipe import Recipe, Sigmas
+from branchcore.stopping import check_branches, check_recipe
 
 BACKWARD = 2.0
 
@@ -36,6 +38,11 @@ def tape_of(recipe: Recipe, plan: Plan) -> Tape:
     return Tape(covered, plan.counts().trained_parents)
 
 
+def asks_reference(recipe: Recipe) -> bool:
+    """Tells whether every trained pass needs a forward of the reference policy."""
+    return recipe.objective.kl > 0.0 or recipe.objective.anchor == "reference"
+
+
 def other_forwards(recipe: Recipe, plan: Plan, trained: int) -> int:
     """Returns forwards without a gradient beside the rollout's own.
 
@@ -48,10 +55,9 @@ def other_forwards(recipe: Recipe, plan: Plan, trained: int) -> int:
         trained: passes with a gradient, parents or edges.
     """
     objective = recipe.objective
-    against = objective.kl > 0.0 or objective.anchor == "reference"
     asked = plan.train & plan.matching & ((plan.update > 0) | (recipe.sampler_decay is not None))
     old = int(asked.sum()) if objective.anchor == "policy" else 0
-    return old + (trained if against else 0)
+    return old + (trained if asks_reference(recipe) else 0)
 
 
 class Work(NamedTuple):
@@ -135,9 +141,30 @@ def plan_report(
             "Chains share nothing, pay one forward and backward per edge, and have no tape.",
             f"The tape covers {tape.covered} of {tape.parents} trained parents in "
             f"{recipe.updates} update(s){rest}.",
+            *([] if pruning is None else _stops(pruning, recipe, plan)),
             *([] if pruning is None else _forecast(pruning, recipe, plan)),
         ]
     )
+
+
+def _stops(pruning: PruningConfig, recipe: Recipe, plan: Plan) -> list[str]:
+    """Returns what stopping leaves of the rollout on average, if previews say nothing."""
+    if not pruning.stop:
+        return []
+    check_recipe(pruning, recipe)
+    check_branches(pruning, plan)
+    share = np.ones(len(plan))
+    asked = np.concatenate([stoppable(plan, depth) for depth in pruning.stop])
+    for lo, hi in plan.levels()[1:]:
+        up = plan.parent[lo:hi]
+        share[lo:hi] = share[up] * np.where(np.isin(up, asked), 1.0 - pruning.stop_rate, 1.0)
+    counts = plan.counts()
+    return [
+        f"Stopping (depths {', '.join(map(str, pruning.stop))}, rate {pruning.stop_rate:g}) runs "
+        f"{share[plan.evaluated].sum():.1f} of {counts.forwards} forwards of the rollout and "
+        f"decodes {share[plan.leaf].sum():.1f} of {counts.decodes} leaves on average, for "
+        f"{share[asked].sum():.1f} previews."
+    ]
 
 
 def _forecast(pruning: PruningConfig, recipe: Recipe, plan: Plan) -> list[str]:

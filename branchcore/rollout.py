@@ -17,12 +17,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from branchcore import ops
-from branchcore.forest import Forest, TapePart, edge_noise, kept_slots, noise_rows, upload
+from branchcore.forest import (
+    Forest,
+    Stop,
+    TapePart,
+    edge_noise,
+    end_branches,
+    kept_slots,
+    noise_rows,
+    stoppable,
+    upload,
+)
 from branchcore.masked_backward import MaskedBackward
 from branchcore.model import VelocityModel, call_velocity
 from branchcore.noise import Noise
-from branchcore.packing import balanced_chunks
 from branchcore.plan import Ints, Plan
+from branchcore.waves import Chunk, Wave, waves_of
 
 
 def rollout(
@@ -38,6 +48,7 @@ def rollout(
     off_tape: NDArray[np.bool_] | None = None,
     masked_backward: bool = False,
     given: Tensor | None = None,
+    stop: Stop | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Forest:
@@ -58,6 +69,8 @@ def rollout(
         masked_backward: rows of the tape that later get no gradient cost little; `MaskedBackward`.
         given: (num_prompts, n, D) states of `Tree.given` roots; a root takes the row that its
             stream names, so that sharing and dead roots do not move it.
+        stop: at these depths, once their velocities are known, branches may end: nothing below is
+            evaluated or kept, and noise and states of the others stay as they are.
         dtype: of the states; float32 (bf16 rounding would move the ratio), or float64 in tests.
         device: where the model lives.
 
@@ -65,7 +78,8 @@ def rollout(
         Forest; its noise is identical for any max_batch, prompt order and number of processes.
 
     Raises:
-        ValueError: uids, given states or the model's result have the wrong shape.
+        ValueError: uids, given states or the model's result have the wrong shape, or nothing can
+            be stopped at a depth of `stop`.
         TypeError: dtype, or the model's result is no float tensor.
         FloatingPointError: a velocity is NaN or Inf; names node, sigma and prompt.
     """
@@ -82,39 +96,26 @@ def rollout(
     evaluated = plan.evaluated.copy()
     if keep_velocity:
         evaluated[plan.action[read_later]] = True
-    waves = _waves(plan, evaluated, on_tape, max_batch, device)
+    checkpoints = {} if stop is None else {d: stoppable(plan, d) for d in stop.depths}
+    slot = kept_slots(plan)
+    waves = waves_of(plan, slot, evaluated, on_tape, max_batch, device)
     noise = edge_noise(plan, uids, seed, iteration, device)
-    run = _Run(plan, model, noise, evaluated, keep_velocity, dtype, device)
+    run = _Run(plan, model, noise, slot, evaluated, keep_velocity, dtype, device)
     run.forest.masked = MaskedBackward() if masked_backward else None
     x, past = run.root_states(given), _Past(None, None)
-    for wave in waves:
+    for depth in range(len(waves)):
+        wave = waves[depth]
         if len(wave.kept):
             run.forest.x[wave.kept_slots] = x[wave.kept]
         v = run.evaluate(wave, x)
+        if stop is not None and v is not None and depth in checkpoints:
+            run.check_finite()
+            end_branches(run.forest, stop, depth, checkpoints[depth], x, v)
+            left = np.where(run.forest.alive, slot, -1)
+            waves = waves_of(plan, left, evaluated, on_tape, max_batch, device)
         x, past = run.grow(wave, x, v, past)
     run.check_finite()
     return run.forest
-
-
-class _Chunk(NamedTuple):
-    """One model call: some nodes of a wave, all on the tape or none."""
-
-    nodes: Ints
-    taped: bool
-    rows: Tensor
-    local: Tensor
-    kept: Tensor
-    kept_slots: Tensor
-
-
-class _Wave(NamedTuple):
-    """One depth level with every index its step needs, already on the device."""
-
-    lo: int
-    hi: int
-    kept: Tensor
-    kept_slots: Tensor
-    chunks: list[_Chunk]
 
 
 class _Past(NamedTuple):
@@ -122,38 +123,6 @@ class _Past(NamedTuple):
 
     h: Tensor | None
     h2: Tensor | None
-
-
-def _waves(
-    plan: Plan,
-    evaluated: NDArray[np.bool_],
-    on_tape: NDArray[np.bool_],
-    max_batch: int | None,
-    device: torch.device | str,
-) -> list[_Wave]:
-    slot = kept_slots(plan)
-    arrays: list[Ints] = []
-    shapes: list[tuple[int, int, list[tuple[Ints, bool]]]] = []
-    for lo, hi in plan.levels():
-        kept = np.flatnonzero(slot[lo:hi] >= 0)
-        arrays += [kept, slot[lo + kept]]
-        calls: list[tuple[Ints, bool]] = []
-        nodes = lo + np.flatnonzero(evaluated[lo:hi])
-        for taped in (False, True):
-            part = nodes[on_tape[nodes] == taped]
-            for first, last in balanced_chunks(len(part), max_batch):
-                chunk = part[first:last]
-                calls.append((chunk, taped))
-                inner = np.flatnonzero(slot[chunk] >= 0)
-                arrays += [chunk, chunk - lo, inner, slot[chunk[inner]]]
-        shapes.append((lo, hi, calls))
-    take = iter(upload(arrays, device)).__next__
-    return [
-        _Wave(
-            lo, hi, take(), take(), [_Chunk(n, t, take(), take(), take(), take()) for n, t in calls]
-        )
-        for lo, hi, calls in shapes
-    ]
 
 
 class _Run:
@@ -164,6 +133,7 @@ class _Run:
         plan: Plan,
         model: VelocityModel,
         noise: Noise,
+        slot: Ints,
         evaluated: NDArray[np.bool_],
         keep_velocity: bool,
         dtype: torch.dtype,
@@ -176,7 +146,6 @@ class _Run:
         self.row = torch.from_numpy(plan.row).to(device)
         self.older = torch.from_numpy(plan.older).to(device, dtype)
         self.num_elements = math.prod(model.latent_shape)
-        slot = kept_slots(plan)
         x = torch.empty(int(slot.max()) + 1, self.num_elements, dtype=dtype, device=device)
         self.forest = Forest(
             plan=plan,
@@ -188,6 +157,7 @@ class _Run:
             log_prob=torch.zeros(len(plan), dtype=dtype, device=device),
             velocity=torch.zeros_like(x) if keep_velocity else None,
             evaluated=evaluated,
+            alive=np.ones(len(plan), dtype=bool),
         )
         self.bad: list[tuple[Ints, Tensor]] = []
 
@@ -209,7 +179,7 @@ class _Run:
         x[index[0]] = given.to(x)[index[1], index[2]]
         return x
 
-    def evaluate(self, wave: _Wave, x: Tensor) -> Tensor | None:
+    def evaluate(self, wave: Wave, x: Tensor) -> Tensor | None:
         """Returns (N, D) velocities, zero where nobody reads them; None for a wave of leaves."""
         v: Tensor | None = None
         for chunk in wave.chunks:
@@ -220,7 +190,7 @@ class _Run:
             v[chunk.local] = out
         return v
 
-    def _call(self, chunk: _Chunk, x: Tensor) -> Tensor:
+    def _call(self, chunk: Chunk, x: Tensor) -> Tensor:
         forest = self.forest
         masked = forest.masked if chunk.taped else None
         with torch.set_grad_enabled(chunk.taped), masked or nullcontext():
@@ -241,7 +211,7 @@ class _Run:
             forest.velocity[chunk.kept_slots] = out[chunk.kept].to(self.dtype)
         return out
 
-    def grow(self, wave: _Wave, x: Tensor, v: Tensor | None, past: _Past) -> tuple[Tensor, _Past]:
+    def grow(self, wave: Wave, x: Tensor, v: Tensor | None, past: _Past) -> tuple[Tensor, _Past]:
         """Returns the next level's states and what it remembers of the levels above."""
         start, (lo, hi) = self.plan.child_start, wave[:2]
         first, last = int(start[lo]), int(start[hi])

@@ -6,8 +6,7 @@ A foreign trainer calls these alone; `trainer.Trainer` is the shortest complete 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,21 +17,16 @@ from torch import Tensor
 from branchcore.credit import EdgeCredit, Floats
 from branchcore.forest import Forest
 from branchcore.gradient import Anchor, Statistics, gradient, log_ratio_floor
-from branchcore.model import Model, VelocityModel
+from branchcore.leaf_weights import LeafWeight, edge_weight
+from branchcore.model import Model, VelocityModel, decoded
 from branchcore.noise import host_generator
 from branchcore.objective import ClippedRatio
 from branchcore.packing import check_groups
 from branchcore.plan import Ints, Plan
 from branchcore.recipes.recipe import Recipe
-from branchcore.rewards import (
-    Reward,
-    Scores,
-    Scoring,
-    component_weights,
-    score,
-    score_async,
-)
+from branchcore.rewards import Reward, Scores, component_weights, score
 from branchcore.rollout import rollout
+from branchcore.stopping import Stopping
 
 
 class Grown(NamedTuple):
@@ -41,11 +35,15 @@ class Grown(NamedTuple):
     forest: Forest
     model: VelocityModel
     images: Tensor
-    """(L, ...) decoded leaves."""
+    """(L, ...) decoded leaves, without those of stopped branches."""
     prompts: list[str]
-    """(L,) prompt of every leaf."""
+    """(L,) prompt of every image."""
     uids: tuple[int, ...] = ()
     """(P,) global sample positions of the plan's prompts."""
+    leaf_weight: LeafWeight = None
+    """Where branches may be stopped."""
+    components: tuple[str, ...] = ()
+    """Of the reward, where previews were scored."""
 
 
 class Batch(NamedTuple):
@@ -54,12 +52,15 @@ class Batch(NamedTuple):
     forest: Forest
     model: VelocityModel
     scores: Scores
+    """Of all the plan's leaves, NaN where a branch was stopped."""
     credit: EdgeCredit
     """Advantages and value of every edge."""
     weight: Floats
     """(M,) edge weights, 0 = pruned."""
     uids: tuple[int, ...] = ()
     """(P,) global sample positions of the plan's prompts."""
+    leaf_weight: LeafWeight = None
+    """Of the statistics, where branches may be stopped."""
 
 
 def prompt_indices(num_prompts: int, batch: int, *, seed: int, iteration: int) -> Ints:
@@ -150,17 +151,22 @@ def grow(
     keep_velocity: bool | None = None,
     off_tape: NDArray[np.bool_] | None = None,
     masked_backward: bool = False,
+    stopping: Stopping | None = None,
     device: torch.device | str = "cpu",
 ) -> Grown:
     """Grows and decodes the trees of some prompts: the first part of `collect`, which has the rest.
 
-    `off_tape` and `masked_backward` are those of `rollout`.
+    `off_tape` and `masked_backward` are those of `rollout`; `stopping` ends branches on the way.
 
     Raises:
         FloatingPointError: the model returned NaN or Inf.
+        RuntimeError, ValueError, TypeError: the reward of a preview failed.
     """
     check_groups(plan, recipe.objective.together, max_batch)
     view = model.with_prompts(prompts)
+    previews = None
+    if stopping is not None:
+        previews = stopping.previews(plan, model, prompts, uids, iteration, max_batch)
     forest = rollout(
         plan,
         view,
@@ -172,13 +178,18 @@ def grow(
         keep_velocity=keep_velocity if recipe.objective.anchor == "policy" else False,
         off_tape=off_tape,
         masked_backward=masked_backward,
+        stop=None if previews is None else previews.stop,
         device=device,
     )
-    with torch.no_grad():
-        latents = forest.leaves.view(-1, *model.latent_shape)
-        images = torch.cat([model.decode(x) for x in latents.split(max_batch or len(latents))])
-    texts = [str(prompts[int(i)]) for i in plan.prompt[plan.leaf]]
-    return Grown(forest, view, images, texts, tuple(uids))
+    leaves = np.flatnonzero(plan.leaf & forest.alive)
+    images = decoded(model, forest.states(leaves), max_batch)
+    texts = [str(prompts[int(i)]) for i in plan.prompt[leaves]]
+    grown = Grown(forest, view, images, texts, tuple(uids))
+    if previews is None:
+        return grown
+    return grown._replace(
+        leaf_weight=previews.leaf_weight(forest.alive), components=previews.components
+    )
 
 
 def finish(
@@ -189,54 +200,23 @@ def finish(
     iteration: int,
     reward_weights: Mapping[str, float] | None = None,
 ) -> Batch:
-    """Turns scores of grown trees into edge advantages and weights: the last part of `collect`."""
-    plan = grown.forest.plan
+    """Turns scores of grown trees into edge advantages and weights: the last part of `collect`.
+
+    An edge's weight is the recipe's pruner's times, where branches were stopped, the mean weight of
+    the leaves below it.
+    """
+    plan, leaf_weight = grown.forest.plan, grown.leaf_weight
     weights = component_weights(scores.names, reward_weights)
     log_prob = grown.forest.log_prob.double().cpu().numpy()
-    credit = recipe.credit(plan, scores.values, weights, log_prob)
-    weight = recipe.prune(plan, credit.value, iteration)
-    return Batch(grown.forest, grown.model, scores, credit, weight, grown.uids)
-
-
-def score_rounds(
-    rounds: Iterable[Grown],
-    reward: Reward,
-    finish_round: Callable[[Grown, Scores], Batch],
-    *,
-    overlap: bool,
-) -> Generator[Batch]:
-    """Scores rounds one after the other, with the same scores whether overlapped or not.
-
-    Args:
-        rounds: grows the next round when asked for it.
-        reward: scores all leaves of a round at once; never called twice at a time.
-        finish_round: `finish`, with all but its first two arguments.
-        overlap: score in a thread, while the next round is grown and the batch of the one before is
-            used: two rounds are alive at a time. Close the iterator to wait for that thread.
-
-    Raises:
-        RuntimeError, ValueError, TypeError: the reward failed; no thread is left.
-    """
-    if not overlap:
-        for grown in rounds:
-            batch = finish_round(grown, score(reward, grown.images, grown.prompts))
-            del grown  # images are not to live as long as the batch is used
-            yield batch
-        return
-    last: tuple[Grown, Scoring] | None = None
-    with ExitStack() as threads:
-        for grown in rounds:
-            scores = None if last is None else last[1].result()
-            scoring = threads.enter_context(score_async(reward, grown.images, grown.prompts))
-            batch = None if last is None or scores is None else finish_round(last[0], scores)
-            last = grown, scoring
-            del grown
-            if batch is not None:
-                yield batch
-        if last is not None:
-            batch = finish_round(last[0], last[1].result())
-            del last
-            yield batch
+    if leaf_weight is None:
+        credit = recipe.credit(plan, scores.values, weights, log_prob)
+    else:
+        values = np.full((len(leaf_weight), len(scores.names)), np.nan)
+        values[grown.forest.alive[plan.leaf]] = scores.values
+        scores = Scores(scores.names, values)
+        credit = recipe.credit(plan, values, weights, log_prob, leaf_weight=leaf_weight)
+    weight = recipe.prune(plan, credit.value, iteration) * edge_weight(plan, leaf_weight)
+    return Batch(grown.forest, grown.model, scores, credit, weight, grown.uids, leaf_weight)
 
 
 def accumulate(
@@ -264,13 +244,16 @@ def accumulate(
     )
 
 
-def noise_floor(batch: Batch, recipe: Recipe, *, max_batch: int | None = None) -> float | None:
+def noise_floor(
+    batch: Batch, recipe: Recipe, *, max_batch: int | None = None, max_tokens: int | None = None
+) -> float | None:
     """Measures |log ratio| of unchanged weights; warns if the clip range is below it.
 
     Args:
         batch: collected with the weights as they are now.
         recipe: its objective has the clip range.
         max_batch: parents of a model call; another batch shape than the rollout's gives other bits.
+        max_tokens: tokens of a model call.
 
     Returns:
         None where no ratio of stored velocities is ever taken.
@@ -278,7 +261,8 @@ def noise_floor(batch: Batch, recipe: Recipe, *, max_batch: int | None = None) -
     objective = recipe.objective
     if batch.forest.velocity is None or not isinstance(objective, ClippedRatio):
         return None
-    floor = log_ratio_floor(batch.forest, batch.model, objective, max_batch=max_batch)
+    limits = {"max_batch": max_batch, "max_tokens": max_tokens}
+    floor = log_ratio_floor(batch.forest, batch.model, objective, **limits)
     if floor > min(objective.clip):
         warnings.warn(
             f"noise_floor: the clip range must exceed the noise floor of the log ratio, got clip "

@@ -18,19 +18,20 @@ from tqdm import tqdm
 
 from branchcore import checkpoint, stages
 from branchcore.ema import Ema
-from branchcore.gradient import Statistics
+from branchcore.gradient import Anchor, Statistics
+from branchcore.ledger import Ledger
 from branchcore.masters import Masters
 from branchcore.metrics import bar_text, iteration_metrics
-from branchcore.model import Model
+from branchcore.model import Model, check_tokens
 from branchcore.plan import Plan
 from branchcore.pruning import Draw, Pruning
-from branchcore.pruning_config import PruningConfig
-from branchcore.pruning_sums import Sums
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
+from branchcore.rounds import score_rounds
 from branchcore.run_folder import RunFolder, check_same, identity
 from branchcore.slow_fast import FastPath, check_fast_steps
 from branchcore.stages import Batch, Grown, accumulate
+from branchcore.stopping import stopping_of
 from branchcore.trainer_config import TrainerConfig
 
 Metrics = dict[str, Any]
@@ -53,6 +54,7 @@ class Trainer:
 
     Raises:
         ValueError: `out` holds another run, or a checkpoint of another model or recipe.
+        TypeError, NotImplementedError: `max_tokens` of a model that does not count tokens.
     """
 
     def __init__(
@@ -69,13 +71,14 @@ class Trainer:
         facts: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
-        self.model, self.prompts, self.reward = model, list(prompts), reward
-        self.recipe, self.config = recipe, config
+        self.model, self.prompts, self.recipe, self.config = model, list(prompts), recipe, config
+        self.reward, self.stopping = stopping_of(config, recipe, reward)
         self.evaluate, self.callbacks = evaluate, callbacks
         self.parameters = [p for p in model.module.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("Trainer: module must have trainable parameters, got none")
         check_fast_steps(config, recipe)
+        check_tokens(model, self.prompts, config.max_tokens)
         self.pruning = Pruning(config.prune, recipe, config.seed)
         self.device = self.parameters[0].device
         self.masters = Masters(model.module)
@@ -91,7 +94,9 @@ class Trainer:
         self.sampler = None if recipe.sampler_decay is None else average(0.0, starts_as_copy=True)
         both = (("ema", self.ema), ("sampler", self.sampler))
         self._averages = {name: kept for name, kept in both if kept is not None}
-        self.iteration, self.cpu_s, self.kept = 0, 0.0, Sums()
+        self.tape = 0 if self.sampler is not None else self.pruning.tape(config.tape)
+        self.ledger = Ledger(self.pruning, config, self.masters.parameters, self.tape)
+        self.iteration, self.cpu_s = 0, 0.0
         self.noise_floor: float | None = None
         self.folder = RunFolder(
             out, identity(config, recipe, self.prompts, facts or {}), resume=resume
@@ -138,7 +143,7 @@ class Trainer:
             **iteration_metrics(batches, total, self.config.reward_weights),
             "grad_norm": max(float(n) for n in norms),
             **({} if self.noise_floor is None else {"noise_floor": self.noise_floor}),
-            **({} if self.config.prune == PruningConfig() else self.kept.metrics()),
+            **self.ledger.metrics(),
             "cpu_s": self.cpu_s,
             "wall_s": time.perf_counter() - wall,
         }
@@ -152,7 +157,7 @@ class Trainer:
         seed, now = self.config.seed, self.iteration
         indices = stages.prompt_indices(*sizes, seed=seed, iteration=now)
         draw = self.pruning.draw(indices, now, self.config.prompts_per_round)
-        self.kept = Sums(prompts=len(indices), rolled_out=len(draw.weight))
+        self.ledger.open(draw, now)
         batches, total = self._first_update(draw)
         norms = [self._optimizer_step(0)]
         if start is not None:
@@ -160,7 +165,7 @@ class Trainer:
         for update in range(1, self.recipe.updates):
             total = total.plus(self._pass(draw, batches, update, inner=update))
             norms.append(self._optimizer_step(update))
-        self.pruning.remember(indices, batches)
+        self.ledger.close(batches)
         return batches, total, norms
 
     def _first_update(self, draw: Draw) -> tuple[list[Batch], Statistics]:
@@ -169,15 +174,14 @@ class Trainer:
         grown = (self._grow(*one, draw) for one in zip(draw.plans, draw.rounds, strict=True))
         batches: list[Batch] = []
         total = Statistics.zero(self.device)
-        limit, weights = config.max_batch, config.reward_weights
-        end = partial(
-            stages.finish, recipe=self.recipe, iteration=iteration, reward_weights=weights
-        )
-        done = stages.score_rounds(grown, self.reward, end, overlap=config.overlap_rewards)
+        limits = {"max_batch": config.max_batch, "max_tokens": config.max_tokens}
+        recipe, weights = self.pruning.spread.credited(), config.reward_weights
+        end = partial(stages.finish, recipe=recipe, iteration=iteration, reward_weights=weights)
+        done = score_rounds(grown, self.reward, end, overlap=config.overlap_rewards)
         with closing(done):
             for batch in done:
                 if self.noise_floor is None and self.sampler is None:
-                    self.noise_floor = stages.noise_floor(batch, self.recipe, max_batch=limit)
+                    self.noise_floor = stages.noise_floor(batch, self.recipe, **limits)
                 batches.append(self.pruning.weigh(batch, draw.weight))
                 total = total.plus(self._pass(draw, batches[-1:]))
         return batches, total
@@ -195,11 +199,12 @@ class Trainer:
                 uids,
                 seed=config.seed,
                 iteration=self.iteration,
-                tape=0 if lags else self.pruning.tape(config.tape),
+                tape=self.tape,
                 max_batch=config.max_batch,
                 keep_velocity=True if lags or config.fast_steps else None,
                 off_tape=dropped,
                 masked_backward=self.pruning.late,
+                stopping=self.stopping,
                 device=self.device,
             )
 
@@ -208,17 +213,16 @@ class Trainer:
     ) -> Statistics:
         """Adds the gradient of one pass, with coins of its own; only the first is on policy."""
         total = Statistics.zero(self.device)
-        first = inner == 0 and self.sampler is None
+        anchor: Anchor = "auto" if inner == 0 and self.sampler is None else "rollout"
         for batch in batches:
-            where = {"iteration": self.iteration, "update": update, "inner": inner}
-            weight, sums = self.pruning.weights(batch, **where)
-            self.kept = self.kept.plus(sums)
+            weight = self.ledger.weigh(batch, update=update, inner=inner, anchor=anchor)
             part = accumulate(
                 batch._replace(weight=weight),
                 self.recipe,
                 update=update,
-                anchor="auto" if first else "rollout",
+                anchor=anchor,
                 max_batch=self.config.max_batch,
+                max_tokens=self.config.max_tokens,
                 num_planned=draw.planned[update],
             )
             total = total.plus(part)
@@ -266,7 +270,7 @@ class Trainer:
         tensors |= {name: average.tensors() for name, average in self._averages.items()}
         tensors |= {"masters": self.masters.copies} if self.masters.copies else {}
         state = {**self.folder.identity, "cpu_s": self.cpu_s, "noise_floor": self.noise_floor}
-        state["pruning"] = self.pruning.state()
+        state["pruning"] = self.ledger.state()
         where = self.folder.path, self.iteration
         return checkpoint.save(*where, tensors, state, self.config.keep_checkpoints)
 
@@ -285,7 +289,7 @@ class Trainer:
         check_same(newest, state, self.folder.identity)
         kinds = {"cpu_s": float, "noise_floor": (float, None), "pruning": dict}
         checkpoint.require(newest / "state.json", state, **kinds)
-        self.pruning.load(state["pruning"], newest / "state.json")
+        self.ledger.load(state["pruning"], newest / "state.json")
         module, copies = self.model.module, self.masters.copies
         like = checkpoint.trained(module)
         weights = checkpoint.load_tensors(newest, "model", like)

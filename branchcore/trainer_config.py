@@ -21,6 +21,9 @@ class TrainerConfig:
     """Prompts whose tape fits in memory together; None = all."""
     max_batch: int | None = None
     """Rows of one model call at most; None = a whole wave."""
+    max_tokens: int | None = None
+    """Tokens of one model call of an update at most, for models that count them (`CountsTokens`):
+    parents of all trees and steps fill it; with max_batch both hold. None = any."""
     tape: int | None = None
     """Trained nodes per round that keep their graph; None = all, or none where less than two thirds
     of them are to be kept after the rewards: see `masked_backward`."""
@@ -94,12 +97,13 @@ class TrainerConfig:
 
 
 _MOST, _TINY = 2**31 - 1, 1e-30
-_OPTIONAL = ("prompts_per_round", "max_batch", "tape", "ema_decay")
+_OPTIONAL = ("prompts_per_round", "max_batch", "max_tokens", "tape", "ema_decay")
 _RANGES: dict[str, tuple[type, float, float]] = {
     "iterations": (int, 1, _MOST),
     "prompts_per_iteration": (int, 1, _MOST),
     "prompts_per_round": (int, 1, _MOST),
     "max_batch": (int, 1, _MOST),
+    "max_tokens": (int, 1, _MOST),
     "tape": (int, 0, _MOST),
     "seed": (int, 0, 2**32 - 1),
     "lr": (float, _TINY, 1e3),

@@ -179,12 +179,31 @@ def unit_coins(
     Raises:
         ValueError: not one uid per prompt.
     """
+    return node_coins(plan, node_U, uids, seed=seed, iteration=iteration, lane=1 + inner)
+
+
+def node_coins(
+    plan: Plan, node_U: Ints, uids: Sequence[int], *, seed: int, iteration: int, lane: int
+) -> Floats:
+    """Returns (U,) uniform numbers in [0, 1) of rows; see `unit_coins`.
+
+    Args:
+        plan: the trees.
+        node_U: (U,) rows.
+        uids: (num_prompts,) global sample positions.
+        seed: of the run.
+        iteration: of the run.
+        lane: of the purpose PRUNING.
+
+    Raises:
+        ValueError: not one uid per prompt.
+    """
     if len(uids) != plan.num_prompts:
         raise ValueError(f"unit_coins: uids must be ({plan.num_prompts},), got ({len(uids)},)")
     coins = np.empty(len(node_U))
     for prompt, uid in enumerate(uids):
         rows, mine = np.flatnonzero(plan.prompt == prompt), plan.prompt[node_U] == prompt
-        numbers = host_generator(seed, iteration, uid, PRUNING, lane=1 + inner).random(len(rows))
+        numbers = host_generator(seed, iteration, uid, PRUNING, lane=lane).random(len(rows))
         coins[mine] = numbers[np.searchsorted(rows, node_U[mine])]
     return coins
 

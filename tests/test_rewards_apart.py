@@ -13,7 +13,8 @@ import torch
 
 from branchcore import recipes, rewards, schedule
 from branchcore.rewards import worker
-from branchcore.stages import Grown, accumulate, score_rounds
+from branchcore.rounds import score_rounds
+from branchcore.stages import Grown, accumulate
 from branchcore.trainer import Trainer
 from branchcore.trainer_config import TrainerConfig
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from branchcore import checkpoint, recipes, schedule
+from branchcore import checkpoint, recipes, schedule, stages
+from branchcore.model_commands import settings
+from branchcore.pruning_config import PruningConfig
 from branchcore.rewards import component_weights, score
 from branchcore.stages import prompt_indices
 from branchcore.trainer import Trainer
@@ -109,6 +111,82 @@ def test_memory_options_change_only_rounding(toy, tmp_path, options):
     whole = run(toy, tmp_path / "whole", config)
     part = run(toy, tmp_path / "part", dataclasses.replace(config, **options))
     assert (weights(whole) - weights(part)).abs().max() <= 2e-6
+
+
+@pytest.fixture
+def counting(toy):
+    """A toy whose rows are as long as its prompts say, and a record of its calls with gradient."""
+
+    class CountingToy(toy):
+        variable_length = True
+
+        def row_tokens(self, prompt):
+            return np.array([3 + 7 * (ord(p) - 97) for p in self.prompts])[prompt]
+
+        def velocity(self, x, sigma, prompt):
+            self.calls.append((torch.is_grad_enabled(), self.row_tokens(prompt.numpy()).sum()))
+            return super().velocity(x, sigma, prompt)
+
+    CountingToy.calls = []
+    return CountingToy
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+@pytest.mark.parametrize("max_batch", [None, 5])
+def test_calls_of_updates_are_filled_by_tokens(counting, tmp_path, updates, max_batch):
+    recipe = recipes.dance_grpo(SG, group=4, clip=0.1, updates=updates)
+    config = dataclasses.replace(CONFIG, iterations=2, tape=0, max_batch=max_batch)
+    whole = run(counting, tmp_path / "whole", config, recipe)
+    counting.calls.clear()
+    packed = run(counting, tmp_path / "packed", dataclasses.replace(config, max_tokens=70), recipe)
+    of_updates = [tokens for grad, tokens in counting.calls if grad]
+    assert max(of_updates) <= 70
+    assert sum(of_updates) > 70 * len(of_updates) / 3
+    assert (weights(whole) - weights(packed)).abs().max() <= 1e-6
+    first = [tokens for grad, tokens in counting.calls if not grad]
+    assert max_batch == 5 or max(first) > 70
+    kept = {"reward", "loss", "parents", "edges"}
+    for one, other in zip(rows(tmp_path / "whole")[1:], rows(tmp_path / "packed")[1:], strict=True):
+        assert {k: other[k] for k in kept} == pytest.approx({k: one[k] for k in kept}, abs=1e-5)
+
+
+def test_the_noise_floor_is_measured_within_the_budget(counting, tmp_path):
+    recipe = recipes.dance_grpo(SG, group=4, clip=0.1, updates=2)
+    config = dataclasses.replace(CONFIG, iterations=1, max_tokens=70)
+    trainer = Trainer(counting(torch.float32), PROMPTS, reward, recipe, config, tmp_path / "run")
+    seen, floor = {}, stages.noise_floor
+
+    def spy(batch, recipe, **limits):
+        counting.calls.clear()
+        found = floor(batch, recipe, **limits)
+        seen.update(limits, tokens=[tokens for _, tokens in counting.calls])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "noise_floor", spy)
+        trainer.step()
+    assert seen["max_tokens"] == 70
+    assert len(seen["tokens"]) == 1
+    assert 35 < seen["tokens"][0] <= 70
+
+
+def test_a_budget_of_tokens_is_checked_before_the_run(toy, counting, tmp_path):
+    config = dataclasses.replace(CONFIG, max_tokens=20)
+    out = tmp_path / "run"
+    with pytest.raises(TypeError, match=r"must have row_tokens .* got ToyModel; try max_batch"):
+        Trainer(toy(torch.float32), PROMPTS, reward, mix(), config, out)
+    with pytest.raises(ValueError, match="max_tokens must hold a row of 31, got 20"):
+        Trainer(counting(torch.float32), ["e", "a"], reward, mix(), config, out)
+    Trainer(counting(torch.float32), PROMPTS, reward, mix(), config, out)
+    assert not out.exists()
+    for wrong, error in ((0, ValueError), (2.5, TypeError), ("70", TypeError)):
+        with pytest.raises(error, match="max_tokens must be"):
+            dataclasses.replace(CONFIG, max_tokens=wrong)
+    options, fields = settings(
+        ["max_tokens=4096", "prune=optimal", "prune_measure=20"], "flow_grpo"
+    )
+    assert options == {}
+    assert fields == {"max_tokens": 4096, "prune": PruningConfig(rule="optimal", measure=20)}
 
 
 def test_several_updates_use_stored_velocities(toy, tmp_path):

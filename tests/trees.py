@@ -82,12 +82,12 @@ def images(group, times, stochastic=False):
     return t.plan()
 
 
-def take(builder, plan, rewards, weights=None, log_prob=None):
+def take(builder, plan, rewards, weights=None, log_prob=None, **more):
     rewards = np.asarray(rewards, dtype=np.float64)
     rewards = rewards[:, None] if rewards.ndim == 1 else rewards
     weights = np.ones(rewards.shape[1]) if weights is None else np.asarray(weights, float)
     log_prob = np.zeros(len(plan)) if log_prob is None else log_prob
-    return builder(plan, rewards, weights, log_prob)
+    return builder(plan, rewards, weights, log_prob, **more)
 
 
 def near(got, wanted, atol=1e-12):

@@ -2,16 +2,15 @@
 
 Credit is `lift` and `standardize` of `branchcore.credit` in some order; single-node and zero-std
 groups get 0 there. Edges with b = 0 take the value of the image that they re-noise. The estimators
-of trees are in `tree_credits` and importable from here, too.
+of trees are in `tree_credits`, weights of steps in `step_weights`, and importable from here, too.
 Letters: M rows, L leaves, R rewards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from branchcore.credit import (
     EdgeCredit,
@@ -19,20 +18,23 @@ from branchcore.credit import (
     edge_values,
     lift,
     mean_weight,
+    pooled_std,
     relative,
     split_sign,
     standardize,
 )
+from branchcore.leaf_weights import LeafWeight
 from branchcore.plan import Plan
-from branchcore.recipes.recipe import Credit
+from branchcore.recipes.recipe import Credit, PooledCredit, weighs_leaves
+from branchcore.recipes.step_weights import inverse_step_weight, noise_weight, weighted
 from branchcore.recipes.tree_credits import (
     ancestor_credit,
     depth_credit,
     gain_credit,
     leaf_credit,
     leaf_prompts,
-    value_credit,
 )
+from branchcore.recipes.value_credits import value_credit
 
 __all__ = [
     "ancestor_credit",
@@ -75,7 +77,8 @@ def group_credit(
         eps: added to the std; 1e-8 in DanceGRPO, 1e-4 in Flow-GRPO.
         reward_first: normalise the weighted sum of raw rewards (Flow-GRPO) instead of summing
             normalised rewards.
-        global_std: divide by the std over all prompts of the call instead of the prompt's own.
+        global_std: divide by the std over all prompts of the call instead of the prompt's own; the
+            result is a `PooledCredit`.
         separate: one clipped loss per reward (DanceGRPO).
         trimmed: lowest fraction of the group that mean and std leave out (MixGRPO), in [0, 1).
         average: divide the rewards' weights by their sum (MixGRPO).
@@ -90,19 +93,41 @@ def group_credit(
     if global_std and trimmed:
         raise ValueError(f"group_credit: trimmed must be 0 with global_std, got {trimmed}")
 
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
-        prompts, scored, pool = leaf_prompts(plan), rewards_LR, rewards_LR
+    def pool(
+        _plan: Plan, rewards_LR: Floats, weight_R: Floats, _leaf_weight: LeafWeight = None, /
+    ) -> Floats:
+        return _weighted_sum(rewards_LR, weight_R) if reward_first else rewards_LR
+
+    @weighs_leaves
+    def credit(
+        plan: Plan,
+        rewards_LR: Floats,
+        weight_R: Floats,
+        _log_prob: Floats,
+        leaf_weight: LeafWeight,
+        spread: Floats | None = None,
+    ) -> EdgeCredit:
+        prompts, scored = leaf_prompts(plan), rewards_LR
+        if global_std and spread is None:
+            near = relative(rewards_LR, np.zeros_like(prompts)) if reward_first else rewards_LR
+            spread = pooled_std(pool(plan, near, weight_R), ddof, leaf_weight)
         if reward_first:
             scored = _weighted_sum(relative(rewards_LR, prompts), weight_R)
-            pool = _weighted_sum(relative(rewards_LR, np.zeros_like(prompts)), weight_R)
             weight_R = np.ones(1)
-        spread = pool.std(0, ddof=ddof) if global_std else None
-        scores = standardize(scored, prompts, ddof=ddof, eps=eps, spread=spread, trimmed=trimmed)
-        advantage = edge_values(plan, lift(plan, scores, mean_weight(plan)))
+        scores = standardize(
+            scored,
+            prompts,
+            ddof=ddof,
+            eps=eps,
+            spread=spread,
+            trimmed=trimmed,
+            weight_n=leaf_weight,
+        )
+        advantage = edge_values(plan, lift(plan, scores, mean_weight(plan), leaf_weight))
         share_R = weight_R / weight_R.sum() if average else weight_R
         return split_sign(advantage, share_R, separate=separate)
 
-    return credit
+    return PooledCredit(credit=credit, pool=pool, ddof=ddof) if global_std else credit
 
 
 def granular_credit(*, ddof: int = 1, eps: float = 1e-8) -> Credit:
@@ -118,10 +143,14 @@ def granular_credit(*, ddof: int = 1, eps: float = 1e-8) -> Credit:
     Source: G2RPO, arXiv 2510.01982; bcmi/Granular-GRPO.
     """
 
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
+    @weighs_leaves
+    def credit(
+        plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats, leaf_weight: LeafWeight
+    ) -> EdgeCredit:
         group = plan.group(("prompt", "label"))[plan.leaf]
-        scores = standardize(rewards_LR, group, ddof=ddof, eps=eps)
-        return split_sign(edge_values(plan, lift(plan, scores)), weight_R)
+        scores = standardize(rewards_LR, group, ddof=ddof, eps=eps, weight_n=leaf_weight)
+        lifted = lift(plan, scores, leaf_weight_L=leaf_weight)
+        return split_sign(edge_values(plan, lifted), weight_R)
 
     return credit
 
@@ -131,7 +160,8 @@ def gdpo_credit(
 ) -> Credit:
     """Returns GDPO's credit: every reward standardised alone, summed, divided by the call's std.
 
-    Every group's sum has mean 0, so that the batch step is one positive factor for all prompts.
+    Every group's sum has mean 0, so that the batch step is one positive factor for all prompts,
+    which a `PooledCredit` may be given.
 
     Args:
         ddof: of both stds; 1 in the released code.
@@ -153,14 +183,16 @@ def gdpo_credit(
                 f"{(reward, behind)}"
             )
 
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
+    def pool(
+        plan: Plan, rewards_LR: Floats, weight_R: Floats, leaf_weight: LeafWeight = None, /
+    ) -> Floats:
         num_rewards = rewards_LR.shape[1]
         if num_rewards < 2:
             raise ValueError(
                 f"gdpo_credit: rewards must have at least 2 components, got {num_rewards}; "
                 "try group_credit"
             )
-        values, prompts = rewards_LR.copy(), leaf_prompts(plan)
+        values = rewards_LR.copy()
         for reward, behind, threshold in conditions:
             if max(reward, behind) >= num_rewards:
                 raise ValueError(
@@ -168,30 +200,49 @@ def gdpo_credit(
                     f"{(reward, behind)}"
                 )
             values[rewards_LR[:, behind] < threshold, reward] = 0.0
-        each = standardize(values, prompts, ddof=ddof, eps=eps)
-        total = _weighted_sum(each, weight_R)
-        scores = standardize(total, prompts, eps=eps, spread=total.std(0, ddof=ddof))
-        advantage = edge_values(plan, lift(plan, scores, mean_weight(plan)))
+        each = standardize(values, leaf_prompts(plan), ddof=ddof, eps=eps, weight_n=leaf_weight)
+        return _weighted_sum(each, weight_R)
+
+    @weighs_leaves
+    def credit(
+        plan: Plan,
+        rewards_LR: Floats,
+        weight_R: Floats,
+        _log_prob: Floats,
+        leaf_weight: LeafWeight,
+        spread: Floats | None = None,
+    ) -> EdgeCredit:
+        total = pool(plan, rewards_LR, weight_R, leaf_weight)
+        spread = pooled_std(total, ddof, leaf_weight) if spread is None else spread
+        prompts = leaf_prompts(plan)
+        scores = standardize(total, prompts, eps=eps, spread=spread, weight_n=leaf_weight)
+        advantage = edge_values(plan, lift(plan, scores, mean_weight(plan), leaf_weight))
         return split_sign(advantage, np.ones(1))
 
-    return credit
+    return PooledCredit(credit=credit, pool=pool, ddof=ddof)
 
 
 def pair_credit() -> Credit:
     """Returns Flow-DPO's credit: a prompt's best leaf gets 1, its worst -1, all others 0.
 
     Leaves rank by the weighted sum of their rewards, the first of equals is taken; a prompt whose
-    leaves all tie gets 0.
+    leaves all tie gets 0. Leaf weights only say who is missing.
 
     Source: Flow-DPO, arXiv 2501.13918; yifan123/flow_grpo takes argmax and argmin of a group.
     """
 
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
+    @weighs_leaves
+    def credit(
+        plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats, leaf_weight: LeafWeight
+    ) -> EdgeCredit:
         owner = leaf_prompts(plan)
+        there = np.ones(len(owner), dtype=bool) if leaf_weight is None else leaf_weight > 0.0
         score = _weighted_sum(relative(rewards_LR, owner), weight_R)[:, 0]
         rows, node = np.flatnonzero(plan.leaf), np.zeros((len(plan), 1))
         for prompt in range(plan.num_prompts):
-            mine = np.flatnonzero(owner == prompt)
+            mine = np.flatnonzero((owner == prompt) & there)
+            if not len(mine):
+                continue
             best, worst = mine[np.argmax(score[mine])], mine[np.argmin(score[mine])]
             if score[best] > score[worst]:
                 node[rows[best]], node[rows[worst]] = 1.0, -1.0
@@ -221,64 +272,15 @@ def exponential_credit(*, temperature: float = 1.0, cap: float) -> Credit:
             f"{temperature} and {cap}"
         )
 
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
-        scores = standardize(rewards_LR, leaf_prompts(plan), ddof=0, eps=1e-4)
-        z = edge_values(plan, lift(plan, scores, mean_weight(plan))) @ weight_R
+    @weighs_leaves
+    def credit(
+        plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats, leaf_weight: LeafWeight
+    ) -> EdgeCredit:
+        prompts = leaf_prompts(plan)
+        scores = standardize(rewards_LR, prompts, ddof=0, eps=1e-4, weight_n=leaf_weight)
+        z = edge_values(plan, lift(plan, scores, mean_weight(plan), leaf_weight)) @ weight_R
         # exp alone may overflow, and exp(log(cap)) may miss cap by its rounding
         plus = np.minimum(np.exp(np.minimum(z / temperature, np.log(cap))), cap)
         return EdgeCredit(np.stack([plus, np.zeros_like(plus)], axis=1), z)
 
     return credit
-
-
-def weighted(credit: Credit, weight: Callable[[Plan], Floats]) -> Credit:
-    """Returns a credit with advantages times a step weight: the same as weighing the clipped loss.
-
-    `value` stays, and so does the KL.
-
-    Args:
-        credit: of the advantages.
-        weight: plan -> (M,) finite weights >= 0, such as `noise_weight`.
-    """
-
-    def reweighed(plan: Plan, rewards: Floats, weights: Floats, log_prob: Floats) -> EdgeCredit:
-        advantage, value = credit(plan, rewards, weights, log_prob)
-        factor = weight(plan)
-        good = np.isfinite(factor) & (factor >= 0.0)
-        if factor.shape != (len(plan),) or not good.all():
-            got = factor.shape if factor.shape != (len(plan),) else factor[~good][0]
-            raise ValueError(
-                f"weighted: weight must return ({len(plan)},) finite numbers >= 0, got {got}"
-            )
-        return EdgeCredit(advantage * factor[:, None], value)
-
-    return reweighed
-
-
-def _steps(name: str, plan: Plan) -> NDArray[np.bool_]:
-    """(M,) the sampling steps; an error if something else is trained."""
-    if (plan.train & plan.matching).any():
-        row = int(np.argmax(plan.train & plan.matching))
-        raise ValueError(f"{name}: trained edges must be sampling steps, got b = 0 at row {row}")
-    return (plan.parent >= 0) & ~plan.matching
-
-
-def noise_weight(plan: Plan) -> Floats:
-    """Returns (M,) TempFlow-GRPO's weights: s over its mean over the prompt's trained edges.
-
-    Source: TempFlow-GRPO; its code has the constants 2.25 (SD3.5, T = 10) and 1.73 (FLUX) for
-    1 / mean(s).
-    """
-    s = np.where(_steps("noise_weight", plan), plan.row[:, 3], 0.0)
-    owner = plan.prompt[plan.train]
-    total = np.bincount(owner, s[plan.train], minlength=plan.num_prompts)
-    count = np.bincount(owner, minlength=plan.num_prompts)
-    scale = np.where(count > 0, count / np.where(count > 0, total, 1.0), 0.0)
-    return s * scale[plan.prompt]
-
-
-def inverse_step_weight(plan: Plan) -> Floats:
-    """Returns (M,) GRPO-Guard's weights 1 / dt, 0 where an edge is no sampling step."""
-    steps = _steps("inverse_step_weight", plan)
-    dt = plan.sigma[plan.parent] - plan.sigma
-    return np.where(steps, 1.0 / np.where(steps, dt, 1.0), 0.0)

@@ -7,12 +7,13 @@ import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from branchcore.credit import EdgeCredit, Floats
+from branchcore.leaf_weights import LeafWeight, checked, edge_weight, filled
 from branchcore.noise import SHARED, host_generator
 from branchcore.objective import Objective
 from branchcore.passes import concat
@@ -45,8 +46,69 @@ class Moment:
 
 Sigmas = Sequence[float] | NDArray[np.float64]
 Grow = Callable[[Tree, Moment], None]
-Credit = Callable[[Plan, Floats, Floats, Floats], EdgeCredit]
+
+
+class Credit(Protocol):
+    """How rewards become advantages."""
+
+    def __call__(
+        self,
+        plan: Plan,
+        rewards: Floats,
+        weights: Floats,
+        log_prob: Floats,
+        /,
+        *,
+        leaf_weight: LeafWeight = None,
+        **given: Any,
+    ) -> EdgeCredit:
+        """Returns the advantages of a call's edges.
+
+        Args:
+            plan: the trees.
+            rewards: (L, R) in the plan's leaf order.
+            weights: (R,) of the rewards.
+            log_prob: (M,) log-probability of every edge.
+            leaf_weight: (L,) weights of the leaves in all statistics; 0 = missing, whatever its
+                rewards. None, or all equal = the plain statistics. Edges without a leaf get 0.
+            **given: `spread` of a `PooledCredit`.
+        """
+        ...
+
+
+class Pool(Protocol):
+    """What a std over all prompts is taken of."""
+
+    def __call__(
+        self, plan: Plan, rewards: Floats, weights: Floats, leaf_weight: LeafWeight = None, /
+    ) -> Floats:
+        """Returns (L, K) values of the leaves; arguments as of `Credit`, no NaN in the rewards."""
+        ...
+
+
 Prune = Callable[[Plan, Floats, int], Floats]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledCredit:
+    """A credit that divides by a std over all prompts of the call, or by one that it is given."""
+
+    credit: Callable[..., EdgeCredit]
+    """A `Credit` with spread=None or (K,)."""
+    pool: Pool
+    """What it is the std of."""
+    ddof: int
+    """Of the std."""
+
+    def __call__(
+        self, plan: Plan, rewards: Floats, weights: Floats, log_prob: Floats, /, **given: Any
+    ) -> EdgeCredit:
+        """Returns the credit; without `spread` by the call's own."""
+        return self.credit(plan, rewards, weights, log_prob, **given)
+
+    def by(self, spread: Floats) -> Credit:
+        """Returns the credit that divides by this (K,) std in every call."""
+        return functools.partial(self, spread=spread)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +119,7 @@ class Recipe:
     grow: Grow
     """(tree, moment): grows one prompt's tree."""
     credit: Credit
-    """(plan, rewards (L, R), reward weights (R,), log_prob (M,)) -> EdgeCredit."""
+    """(plan, rewards (L, R), reward weights (R,), log_prob (M,), leaf_weight=) -> EdgeCredit."""
     objective: Objective
     prune: Prune = field(default=lambda plan, _value, _iteration: keep_all(plan))
     """(plan, value (M,) of `EdgeCredit`, iteration from 0) -> (M,) edge weights."""
@@ -109,6 +171,36 @@ class Preset:
     """Fields of `TrainerConfig`: learning rate and the like."""
     source: str
     """Paper or script, and what else it sets: resolution, guidance, adapter."""
+
+
+Estimator = Callable[..., EdgeCredit]
+"""A `Credit` whose leaf weights are valid and not all equal, whose rewards have no gaps."""
+
+
+def weighs_leaves(estimator: Estimator) -> Credit:
+    """Makes a credit of an estimator: checks leaf weights and hides what missing leaves hold."""
+
+    def credit(
+        plan: Plan,
+        rewards: Floats,
+        weights: Floats,
+        log_prob: Floats,
+        /,
+        *,
+        leaf_weight: LeafWeight = None,
+        **given: Any,
+    ) -> EdgeCredit:
+        leaf_weight = None if leaf_weight is None else checked(plan, leaf_weight)
+        if leaf_weight is None:
+            return estimator(plan, rewards, weights, log_prob, None, **given)
+        if not leaf_weight.any():
+            return EdgeCredit(np.zeros((len(plan), 2)), np.zeros(len(plan)))
+        whole = filled(plan, rewards, leaf_weight)
+        advantage, value = estimator(plan, whole, weights, log_prob, leaf_weight, **given)
+        there = edge_weight(plan, leaf_weight) > 0.0
+        return EdgeCredit(np.where(there[:, None], advantage, 0.0), np.where(there, value, 0.0))
+
+    return credit
 
 
 P = ParamSpec("P")

@@ -19,8 +19,9 @@ from branchcore.credit import (
     split_sign,
     standardize,
 )
+from branchcore.leaf_weights import LeafWeight, edge_weight
 from branchcore.plan import Ints, Plan
-from branchcore.recipes.recipe import Credit
+from branchcore.recipes.recipe import Credit, weighs_leaves
 
 
 def leaf_prompts(plan: Plan) -> Ints:
@@ -60,12 +61,25 @@ def depth_credit(
     if not {"prompt", "tree", "parent"} & set(columns):
         raise ValueError(f"depth_credit: columns must have prompt, tree or parent, got {columns}")
 
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, log_prob_M: Floats) -> EdgeCredit:
+    @weighs_leaves
+    def credit(
+        plan: Plan,
+        rewards_LR: Floats,
+        weight_R: Floats,
+        log_prob_M: Floats,
+        leaf_weight: LeafWeight,
+    ) -> EdgeCredit:
         weight_M = mean_weight(plan, log_prob_M, beta=beta, local=local)
-        fused = lift(plan, relative(rewards_LR, leaf_prompts(plan)), weight_M)
+        fused = lift(plan, relative(rewards_LR, leaf_prompts(plan)), weight_M, leaf_weight)
         group, value = plan.group(columns), edge_values(plan, fused)
         advantage = standardize(
-            value, group, ddof=ddof, eps=eps, floor=floor, among=plan.stochastic
+            value,
+            group,
+            ddof=ddof,
+            eps=eps,
+            floor=floor,
+            among=plan.stochastic,
+            weight_n=edge_weight(plan, leaf_weight),
         )
         return split_sign(advantage, weight_R)
 
@@ -88,10 +102,18 @@ def leaf_credit(
     Source: TreeGRPO, arXiv 2512.08153, eq. 9-11.
     """
 
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, log_prob_M: Floats) -> EdgeCredit:
-        scores = standardize(rewards_LR, leaf_prompts(plan), ddof=ddof, eps=eps)
+    @weighs_leaves
+    def credit(
+        plan: Plan,
+        rewards_LR: Floats,
+        weight_R: Floats,
+        log_prob_M: Floats,
+        leaf_weight: LeafWeight,
+    ) -> EdgeCredit:
+        prompts = leaf_prompts(plan)
+        scores = standardize(rewards_LR, prompts, ddof=ddof, eps=eps, weight_n=leaf_weight)
         weight_M = mean_weight(plan, log_prob_M, beta=beta, local=local)
-        return split_sign(edge_values(plan, lift(plan, scores, weight_M)), weight_R)
+        return split_sign(edge_values(plan, lift(plan, scores, weight_M, leaf_weight)), weight_R)
 
     return credit
 
@@ -104,8 +126,11 @@ def gain_credit() -> Credit:
     Source: d-TreeRPO, arXiv 2512.09675.
     """
 
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
-        value = lift(plan, rewards_LR, mean_weight(plan))
+    @weighs_leaves
+    def credit(
+        plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats, leaf_weight: LeafWeight
+    ) -> EdgeCredit:
+        value = lift(plan, rewards_LR, mean_weight(plan), leaf_weight)
         above = np.where(plan.parent < 0, np.arange(len(plan)), plan.parent)
         # a mean of equal leaves may differ from them by its rounding: that is no gain
         same = np.isclose(value, value[above], rtol=1e-12, atol=0.0)
@@ -134,18 +159,25 @@ def ancestor_credit(*, weights: str = "equal", ddof: int = 1, eps: float = 1e-8)
     if weights not in ("equal", "size"):
         raise ValueError(f"ancestor_credit: weights must be 'equal' or 'size', got {weights!r}")
 
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
+    @weighs_leaves
+    def credit(
+        plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats, leaf_weight: LeafWeight
+    ) -> EdgeCredit:
         prompts = leaf_prompts(plan)
         values = relative(rewards_LR, prompts)
         mean = mean_weight(plan)
-        baseline = _ancestor_means(plan, values, lift(plan, values, mean), weights == "size")
-        scores = standardize(values - baseline, prompts, ddof=ddof, eps=eps)
-        return split_sign(edge_values(plan, lift(plan, scores, mean)), weight_R)
+        means = lift(plan, values, mean, leaf_weight)
+        baseline = _ancestor_means(plan, values, means, weights == "size", leaf_weight)
+        gains = values - baseline
+        scores = standardize(gains, prompts, ddof=ddof, eps=eps, weight_n=leaf_weight)
+        return split_sign(edge_values(plan, lift(plan, scores, mean, leaf_weight)), weight_R)
 
     return credit
 
 
-def _ancestor_means(plan: Plan, values_LR: Floats, mean_MR: Floats, by_size: bool) -> Floats:
+def _ancestor_means(
+    plan: Plan, values_LR: Floats, mean_MR: Floats, by_size: bool, leaf_weight: LeafWeight
+) -> Floats:
     """(L, R) average over every leaf's ancestors of the mean of their leaves."""
     size = plan.leaves_below.astype(np.float64)
     inner = plan.parent >= 0
@@ -156,9 +188,11 @@ def _ancestor_means(plan: Plan, values_LR: Floats, mean_MR: Floats, by_size: boo
     leaves = np.bincount(owner, minlength=plan.num_prompts).astype(np.float64)
     trees = np.bincount(plan.prompt[~inner & (size > 0)], minlength=plan.num_prompts)
     sums = np.zeros((plan.num_prompts, values_LR.shape[1]))
-    np.add.at(sums, owner, values_LR)
+    share = np.ones(len(owner)) if leaf_weight is None else leaf_weight
+    np.add.at(sums, owner, share[:, None] * values_LR)
     prompt = np.where(trees > 1, leaves if by_size else 1.0, 0.0)[:, None]
-    prompt_mean = sums / np.maximum(leaves, 1.0)[:, None]
+    mass = np.bincount(owner, share, plan.num_prompts)
+    prompt_mean = sums / np.where(mass > 0.0, mass, 1.0)[:, None]
     roots = np.flatnonzero(~inner)
     weight[roots] += prompt[plan.prompt[roots]]
     total[roots] += (prompt * prompt_mean)[plan.prompt[roots]]
@@ -167,87 +201,3 @@ def _ancestor_means(plan: Plan, values_LR: Floats, mean_MR: Floats, by_size: boo
         total[lo:hi] += total[plan.parent[lo:hi]]
     weight, total = weight[plan.leaf], total[plan.leaf]
     return np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), values_LR)
-
-
-def value_credit(
-    *, gamma: float, anchor: float, anchored_steps: int = 5, shift: float = 0.0
-) -> Credit:
-    """Returns VGPO's credit on chains whose stochastic nodes each have a preview leaf.
-
-    With R_t the reward of the x0 read-out after step t, Q_t = R_t + gamma Q_(next step),
-    w_t = Q_t / mean over the chain's steps, z_t the z-score (biased std, eps 1e-8) of Q_t over the
-    prompt's chains, and k = anchor in the first `anchored_steps` stochastic steps, else 0:
-
-        A_t = w_t (z_t + k Q_t).
-
-    It is not invariant to a shift of the rewards, by design: a constant one adds to the anchor.
-    Where all of a chain's Q are 0, w = 1.
-
-    Args:
-        gamma: discount of later previews, in [0, 1].
-        anchor: k, >= 0.
-        anchored_steps: stochastic steps of a chain that are anchored.
-        shift: added to every reward; the paper assumes that none is negative.
-
-    Raises:
-        ValueError: at build, a number out of range; at credit, negative rewards or a plan without
-            the previews.
-
-    Source: VGPO, arXiv 2512.12387, eq. 9-13 as reconstructed from reviews.
-    """
-    if not (0.0 <= gamma <= 1.0 and anchor >= 0.0 and anchored_steps >= 0):
-        raise ValueError(
-            "value_credit: gamma must be in [0, 1], anchor and anchored_steps >= 0, got "
-            f"{gamma}, {anchor} and {anchored_steps}"
-        )
-
-    def credit(plan: Plan, rewards_LR: Floats, weight_R: Floats, _log_prob: Floats) -> EdgeCredit:
-        if rewards_LR.min() + shift < 0.0:
-            raise ValueError(
-                f"value_credit: rewards must be >= {0.0 - shift:g}, got {rewards_LR.min():g}; try "
-                "a larger shift"
-            )
-        rewards_LR = rewards_LR + shift
-        acts = plan.stochastic
-        head, position = _chains(plan)
-        q = lift(plan, rewards_LR, np.where(acts, gamma, 1.0))
-        total = np.zeros_like(q)
-        np.add.at(total, head[acts], q[acts])
-        steps = np.bincount(head[acts], minlength=len(plan))[:, None]
-        mean = (total / np.maximum(steps, 1))[head]
-        omega = np.where(mean > 0.0, q / np.where(mean > 0.0, mean, 1.0), 1.0)
-        z = standardize(q, plan.group(("prompt", "depth")), ddof=0, among=acts)
-        k = np.where(position < anchored_steps, anchor, 0.0)[:, None]
-        return split_sign(np.where(acts[:, None], omega * (z + k * q), 0.0), weight_R)
-
-    return credit
-
-
-def _chains(plan: Plan) -> tuple[Ints, Ints]:
-    """Returns (M,) the first stochastic row of every row's chain and the stochastic steps before.
-
-    Raises ValueError unless every stochastic node has one preview leaf and at most one stochastic
-    step below it.
-    """
-    acts = plan.stochastic
-    own, following = plan.leaf.astype(np.int64), acts.astype(np.int64)
-    for lo, hi in plan.levels()[:0:-1]:
-        passed = ~acts[lo:hi]
-        np.add.at(own, plan.parent[lo:hi], own[lo:hi] * passed)
-        np.add.at(following, plan.parent[lo:hi], np.where(passed, following[lo:hi], 1))
-    below = following - acts
-    bad = acts & ((own != 1) | (below > 1))
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise ValueError(
-            "value_credit: a stochastic node must have one preview leaf and at most one stochastic "
-            f"step below it, got {own[i]} and {below[i]} at row {i}"
-        )
-    head, position = np.arange(len(plan)), np.zeros(len(plan), dtype=np.int64)
-    started = acts.copy()
-    for lo, hi in plan.levels()[1:]:
-        up = plan.parent[lo:hi]
-        head[lo:hi] = np.where(started[up], head[up], head[lo:hi])
-        position[lo:hi] = position[up] + acts[up]
-        started[lo:hi] |= started[up]
-    return head, position

@@ -12,7 +12,7 @@ from branchcore.rewards.combined import Rewards
 from branchcore.rewards.hpsv2 import HPSv2
 from branchcore.rewards.imagereward import ImageReward
 from branchcore.rewards.jpeg import JpegCompressibility
-from branchcore.rewards.overlap import Scoring, score_async
+from branchcore.rewards.overlap import OneAtATime, Scoring, score_async
 from branchcore.rewards.pickscore import PickScore
 from branchcore.rewards.scores import Reward, Scores, component_weights, score
 from branchcore.rewards.subprocess_reward import SubprocessReward
@@ -22,6 +22,7 @@ __all__ = [
     "HPSv2",
     "ImageReward",
     "JpegCompressibility",
+    "OneAtATime",
     "PickScore",
     "Reward",
     "Rewards",

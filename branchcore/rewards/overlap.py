@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from branchcore.rewards.scores import Reward, Scores, score
+
+
+class OneAtATime:
+    """A reward that two threads may call: the second waits for the first.
+
+    Args:
+        reward: the user's callable.
+    """
+
+    def __init__(self, reward: Reward) -> None:
+        self._reward, self._lock = reward, Lock()
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Mapping[str, Tensor]:
+        """Returns what the reward does."""
+        with self._lock:
+            return self._reward(images, prompts)
 
 
 class Scoring:

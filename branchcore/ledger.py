@@ -1,0 +1,128 @@
+"""What pruning left, saved and added in one iteration, kept pass by pass for the log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from branchcore.checkpoint import require
+from branchcore.coins import Coins
+from branchcore.credit import Floats
+from branchcore.flops import Work, forward_flop, pass_work
+from branchcore.gradient import Anchor
+from branchcore.gradient_norms import MOST, Measured, measure
+from branchcore.pruning import Draw, Pruning
+from branchcore.pruning_config import PruningConfig
+from branchcore.pruning_sums import Sums
+from branchcore.stages import Batch
+from branchcore.trainer_config import TrainerConfig
+
+
+class Ledger:
+    """Draws the edge weights of every pass and books them; books nothing where nothing is pruned.
+
+    Args:
+        pruning: of the run.
+        config: of the run.
+        parameters: on which gradients add up.
+        tape: nodes that a round's tape covers where nothing is dropped; None = all.
+    """
+
+    def __init__(
+        self,
+        pruning: Pruning,
+        config: TrainerConfig,
+        parameters: Sequence[Tensor],
+        tape: int | None,
+    ) -> None:
+        self.pruning, self.config = pruning, config
+        self.parameters, self.tape = parameters, tape
+        self.flop: float | None = None
+        """Of a forward per row, once counted."""
+        self.sums, self.work, self.measured = Sums(), Work(), Measured()
+        self._counted = False
+
+    def open(self, draw: Draw, iteration: int) -> None:
+        """Begins an iteration with its prompts."""
+        self.draw, self.iteration = draw, iteration
+        self.sums = Sums(prompts=len(draw.indices), rolled_out=len(draw.weight))
+        self.work, self.measured = Work(saved=draw.spared), Measured()
+
+    def weigh(self, batch: Batch, *, update: int, inner: int, anchor: Anchor) -> Floats:
+        """Returns (M,) edge weights of one pass; must come before its gradient.
+
+        Args:
+            batch: credited.
+            update: which of the plan's updates.
+            inner: passes of the iteration before this one.
+            anchor: of the pass.
+
+        Raises:
+            ValueError: see `Pruning.coins`.
+        """
+        where = {"iteration": self.iteration, "update": update}
+        coins = self.pruning.coins(batch, inner=inner, **where)
+        if coins is None:
+            return batch.weight
+        weight, sums = coins.weights(batch.weight)
+        self.sums = self.sums.plus(sums)
+        tape = self.tape if inner == 0 else 0
+        work = pass_work(batch, weight, self.pruning.recipe, update=update, tape=tape)
+        self.work = self.work.plus(work)
+        if inner == 0:
+            self._first(batch, coins, anchor)
+        return weight
+
+    def _first(self, batch: Batch, coins: Coins, anchor: Anchor) -> None:
+        """Books what the first pass of a round tells: its rollout, and measured norms."""
+        self.work = self.work.plus(Work(spent=float(np.sum(batch.forest.evaluated))))
+        if self.flop is None and not self._counted:
+            limit, self._counted = self.config.max_batch, True
+            self.flop = forward_flop(batch.forest, batch.model, max_batch=limit)
+        every = self.config.prune.measure
+        if not every or (self.iteration + 1) % every:
+            return
+        found = measure(
+            batch,
+            self.pruning.recipe,
+            coins,
+            self.parameters,
+            seed=self.config.seed,
+            iteration=self.iteration,
+            most=max(1, MOST // len(self.draw.rounds)),
+            anchor=anchor,
+            max_batch=self.config.max_batch,
+            max_tokens=self.config.max_tokens,
+            num_planned=self.draw.planned[0],
+        )
+        self.measured = self.measured.plus(found)
+
+    def close(self, batches: Sequence[Batch]) -> None:
+        """Ends an iteration: remembers what its prompts were worth, and their spread."""
+        spread, rewards = self.pruning.spread, self.config.reward_weights
+        self.pruning.remember(self.draw.indices, batches)
+        spread.remember(spread.moments(batches, self.draw.weight, rewards))
+
+    def state(self) -> dict[str, Any]:
+        """Returns what `load` takes, ready for JSON."""
+        return {**self.pruning.state(), "flop": self.flop}
+
+    def load(self, state: Mapping[str, Any], where: Path) -> None:
+        """Takes a state back.
+
+        Raises:
+            ValueError: it is damaged; names `where`.
+        """
+        require(where, state, prompts=dict, steps=dict, spread=dict, flop=(float, None))
+        self.pruning.load(state, where)
+        self.flop = state["flop"]
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the iteration's sums, its work, and norms if it measured any."""
+        if self.config.prune == PruningConfig():
+            return {}
+        return {**self.sums.metrics(), **self.work.metrics(self.flop), **self.measured.metrics()}
