@@ -76,6 +76,14 @@ class Ranks:
         self._collect(partial(dist.all_reduce, total))
         return total.numpy()
 
+    def stack(self, values: Floats) -> Floats:
+        """Returns (world_size, n) everybody's float64 (n,), by rank."""
+        mine = torch.from_numpy(np.array(values, dtype=np.float64))
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        rows[self.rank] = mine
+        self._collect(partial(dist.all_gather, rows, mine))
+        return torch.stack(rows).numpy()
+
     def most(self, values: Sequence[int]) -> list[int]:
         """Returns the largest of each number over all processes."""
         most = torch.tensor(list(values), dtype=torch.int64)

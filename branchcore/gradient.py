@@ -5,6 +5,7 @@ Letters: M rows of the plan, E trained edges, N parents of a micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from branchcore import ops
 from branchcore.credit import Floats
 from branchcore.forest import Forest, upload
+from branchcore.idle import idle_passes
 from branchcore.model import VelocityModel, call_velocity, token_budget
 from branchcore.noise import Noise
 from branchcore.objective import ClippedRatio, Edges, Objective
@@ -84,7 +86,8 @@ def gradient(
     anchor: Anchor = "auto",
     max_batch: int | None = None,
     max_tokens: int | None = None,
-    num_planned: int | None = None,
+    num_planned: float | None = None,
+    even: Callable[[int], int] | None = None,
 ) -> Statistics:
     """Adds the objective's gradient of one optimizer update to the model's parameters.
 
@@ -106,6 +109,8 @@ def gradient(
             parents of all trees and steps are packed densely. The tape's calls are made already.
         num_planned: the normaliser; None = planned trained edges of this update in this plan.
             Over several rounds or ranks: their sum.
+        even: (passes of this process) -> passes of every process, at least as many; those that
+            this one has not get weight 0. None = as many as there are.
 
     Returns:
         Statistics on the device; reading them is the caller's sync.
@@ -137,6 +142,7 @@ def gradient(
     budget = token_budget(model, plan.prompt, max_tokens)
     batches = pack_parents(plan, edges, max_batch, parts, together, budget)
     terms = _terms(forest, batches, advantage_M2, weight_M / max(planned, 1), objective)
+    missing = 0 if even is None else even(len(batches)) - len(batches)
     total = Statistics.zero(forest.x.device)
     for batch, term in zip(batches, terms, strict=True):
         on_tape = batch.part >= 0
@@ -146,6 +152,7 @@ def gradient(
         total = total.plus(_backward(forest, model, term, v, v_old, objective))
     if update == 0:
         forest.tape.clear()
+    idle_passes(model, missing, forest.x.device, forest.x.dtype, reference=objective.compares)
     return total
 
 
@@ -277,7 +284,7 @@ def _backward(
     objective: Objective,
 ) -> Statistics:
     v_ref: Tensor | None = None
-    if objective.kl > 0.0 or objective.anchor == "reference":
+    if objective.compares:
         with torch.no_grad():
             v_ref = _velocity(forest, model, term, reference=True)
     anchor = v_ref if objective.anchor == "reference" else v_old

@@ -12,6 +12,7 @@ from torch import Tensor
 from branchcore.checkpoint import require
 from branchcore.coins import Coins
 from branchcore.credit import Floats
+from branchcore.distributed import Ranks
 from branchcore.flops import Work, forward_flop, pass_work
 from branchcore.gradient import Anchor
 from branchcore.gradient_norms import MOST, Measured, measure
@@ -30,6 +31,8 @@ class Ledger:
         config: of the run.
         parameters: on which gradients add up.
         tape: nodes that a round's tape covers where nothing is dropped; None = all.
+        ranks: of the run; None = this process alone.
+        counts_flops: a call may be made to count its operations.
     """
 
     def __init__(
@@ -38,19 +41,23 @@ class Ledger:
         config: TrainerConfig,
         parameters: Sequence[Tensor],
         tape: int | None,
+        ranks: Ranks | None = None,
+        *,
+        counts_flops: bool = True,
     ) -> None:
-        self.pruning, self.config = pruning, config
+        self.pruning, self.config, self.ranks = pruning, config, ranks or Ranks()
         self.parameters, self.tape = parameters, tape
         self.flop: float | None = None
         """Of a forward per row, once counted."""
         self.sums, self.work, self.measured = Sums(), Work(), Measured()
-        self._counted = False
+        self._counted = not counts_flops
 
     def open(self, draw: Draw, iteration: int) -> None:
         """Begins an iteration with its prompts."""
         self.draw, self.iteration = draw, iteration
-        self.sums = Sums(prompts=len(draw.indices), rolled_out=len(draw.weight))
-        self.work, self.measured = Work(saved=draw.spared), Measured()
+        first = float(self.ranks.main)  # what all processes know is booked by one
+        self.sums = Sums(prompts=first * len(draw.indices), rolled_out=first * len(draw.weight))
+        self.work, self.measured = Work(saved=first * draw.spared), Measured()
 
     def weigh(self, batch: Batch, *, update: int, inner: int, anchor: Anchor) -> Floats:
         """Returns (M,) edge weights of one pass; must come before its gradient.
@@ -104,8 +111,15 @@ class Ledger:
     def close(self, batches: Sequence[Batch]) -> None:
         """Ends an iteration: remembers what its prompts were worth, and their spread."""
         spread, rewards = self.pruning.spread, self.config.reward_weights
-        self.pruning.remember(self.draw.indices, batches)
-        spread.remember(spread.moments(batches, self.draw.weight, rewards))
+        self.pruning.remember(self.draw.indices, batches, self.ranks)
+        spread.remember(spread.moments(batches, self.draw.weight, rewards, self.ranks))
+        if self.config.prune == PruningConfig() or self.ranks.alone:
+            return
+        parts = (self.sums, self.work, self.measured)
+        total = self.ranks.sum(np.concatenate([np.array(part) for part in parts])).tolist()
+        sizes = [len(part) for part in parts]
+        self.sums, total = Sums(*total[: sizes[0]]), total[sizes[0] :]
+        self.work, self.measured = Work(*total[: sizes[1]]), Measured(*total[sizes[1] :])
 
     def state(self) -> dict[str, Any]:
         """Returns what `load` takes, ready for JSON."""

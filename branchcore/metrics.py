@@ -10,21 +10,34 @@ import torch
 from branchcore.credit import Floats, pooled_std
 from branchcore.gradient import Statistics
 from branchcore.leaf_weights import LeafWeight
+from branchcore.reference import RatioStats
 from branchcore.rewards import component_weights
 from branchcore.stages import Batch
 
 ZERO_STD = 1e-6
 
 
+_COUNTS = (
+    "leaves", "planned", "stopped", "weight", "reward", "groups", "zero_std", "parents",
+    "model_calls", "loss", "kl", *RatioStats._fields,
+)  # fmt: skip
+
+
 def iteration_metrics(
-    batches: Sequence[Batch], total: Statistics, reward_weights: Mapping[str, float] | None
+    batches: Sequence[Batch],
+    total: Statistics,
+    reward_weights: Mapping[str, float] | None,
+    names: Sequence[str] | None = None,
+    stack: Callable[[Floats], Floats] = lambda sums: sums[None],
 ) -> dict[str, float]:
     """Returns the metrics of one iteration.
 
     Args:
-        batches: of all rounds.
+        batches: of all rounds of this process.
         total: statistics of all updates; read here, the iteration's only sync besides the rewards.
         reward_weights: per component, for the total reward.
+        names: components of the reward; None = those of the first batch.
+        stack: returns the (processes, n) sums of all processes for the (n,) of this one.
 
     Returns:
         `reward` (weighted sum), `reward/<name>` means, `reward_std/<name>` mean std within a
@@ -35,44 +48,55 @@ def iteration_metrics(
         means weighted by `Batch.leaf_weight`: plain means of survivors would be too good. They are
         NaN if no leaf is left.
     """
-    names = batches[0].scores.names
-    values, mean = _known(batches)
-    weight = component_weights(names, reward_weights)
-    spread = np.concatenate([_spread(b) for b in batches])
-    spread = spread if len(spread) else np.full((1, len(names)), np.nan)
-    planned = sum(len(b.scores.values) for b in batches)
-    stopped = any(b.leaf_weight is not None for b in batches)
-    ratio = torch.stack([t.double() for t in (*total.ratio, total.loss, total.kl)]).tolist()
-    numbers = dict(zip((*total.ratio._fields, "loss", "kl"), ratio, strict=True))
-    edges = max(numbers["edges"], 1.0)
-    metrics = {"reward": float(mean(values @ weight))}
-    metrics |= {f"reward/{n}": float(v) for n, v in zip(names, mean(values), strict=True)}
-    metrics |= {f"reward_std/{n}": float(v) for n, v in zip(names, spread.mean(0), strict=True)}
+    names = batches[0].scores.names if names is None else names
+    rows = stack(_sums(batches, total, component_weights(names, reward_weights)))
+    of_all = rows.sum(0)
+    counts = dict(zip(_COUNTS, of_all.tolist(), strict=False))
+    means, spreads = np.split(of_all[len(_COUNTS) :], 2)
+    weight, groups = counts["weight"] or np.nan, counts["groups"] or np.nan
+    edges = max(counts["edges"], 1.0)
+    metrics = {"reward": counts["reward"] / weight}
+    metrics |= {f"reward/{n}": float(v) for n, v in zip(names, means / weight, strict=True)}
+    metrics |= {f"reward_std/{n}": float(v) for n, v in zip(names, spreads / groups, strict=True)}
+    gone = 1.0 - counts["leaves"] / max(counts["planned"], 1.0)
     return metrics | {
-        "zero_std_share": float((spread < ZERO_STD).mean()),
-        "ratio_dev_mean": numbers["sum_abs_dev"] / edges,
-        "ratio_dev_max": numbers["max_abs_dev"],
-        "clip_share": (numbers["clipped_low"] + numbers["clipped_high"]) / edges,
-        "loss": numbers["loss"],
-        "kl": numbers["kl"],
-        "leaves": len(values),
-        **({"stopped_share": 1.0 - len(values) / planned} if stopped else {}),
-        "edges": int(numbers["edges"]),
-        "parents": total.parents,
-        "model_calls": sum(b.forest.calls for b in batches),
+        "zero_std_share": counts["zero_std"] / groups / len(names),
+        "ratio_dev_mean": counts["sum_abs_dev"] / edges,
+        "ratio_dev_max": float(rows[:, _COUNTS.index("max_abs_dev")].max()),
+        "clip_share": (counts["clipped_low"] + counts["clipped_high"]) / edges,
+        "loss": counts["loss"],
+        "kl": counts["kl"],
+        "leaves": int(counts["leaves"]),
+        **({"stopped_share": gone} if counts["stopped"] else {}),
+        "edges": int(counts["edges"]),
+        "parents": int(counts["parents"]),
+        "model_calls": int(counts["model_calls"]),
     }
 
 
-def _known(batches: Sequence[Batch]) -> tuple[Floats, Callable[[Floats], Floats]]:
-    """Returns the (n, R) rewards of leaves that have any, and the mean over these leaves."""
-    values = np.concatenate([b.scores.values for b in batches])
-    if all(b.leaf_weight is None for b in batches):
-        return values, lambda x: x.mean(0)
-    weight = np.concatenate([_weight(b.leaf_weight, len(b.scores.values)) for b in batches])
-    there = weight > 0.0
-    if not there.any():
-        return values[there], lambda x: np.full(x.shape[1:], np.nan)
-    return values[there], lambda x: weight[there] @ x / weight.sum()
+def _sums(batches: Sequence[Batch], total: Statistics, reward_weight_R: Floats) -> Floats:
+    """(n,) what adds up over batches and processes: `_COUNTS`, then R rewards and R stds."""
+    width = len(reward_weight_R)
+    rewards, spreads = np.zeros(width), np.zeros(width)
+    values = torch.stack([t.double() for t in (*total.ratio, total.loss, total.kl)]).tolist()
+    counts = dict.fromkeys(_COUNTS, 0.0)
+    counts |= dict(zip((*total.ratio._fields, "loss", "kl"), values, strict=True))
+    counts["parents"] = float(total.parents)
+    for batch in batches:
+        weight_L = _weight(batch.leaf_weight, len(batch.scores.values))
+        there, spread = weight_L > 0.0, _spread(batch)
+        found, weight = batch.scores.values[there], weight_L[there]
+        rewards += weight @ found
+        spreads += spread.sum(0)
+        counts["reward"] += float(weight @ (found @ reward_weight_R))
+        counts["weight"] += float(weight_L.sum())
+        counts["leaves"] += len(found)
+        counts["planned"] += len(weight_L)
+        counts["stopped"] += batch.leaf_weight is not None
+        counts["groups"] += len(spread)
+        counts["zero_std"] += int((spread < ZERO_STD).sum())
+        counts["model_calls"] += batch.forest.calls
+    return np.concatenate([[counts[name] for name in _COUNTS], rewards, spreads])
 
 
 def _weight(leaf_weight: LeafWeight, count: int) -> Floats:

@@ -73,6 +73,11 @@ class Objective(ABC):
         return True
 
     @property
+    def compares(self) -> bool:
+        """Every pass has a forward of the reference policy, for a KL or a preference."""
+        return self.kl > 0.0 or self.anchor == "reference"
+
+    @property
     def together(self) -> tuple[str, ...]:
         """Columns of the plan whose groups must be in one micro-batch; () = none need."""
         return ()

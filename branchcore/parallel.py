@@ -7,7 +7,6 @@ take); one reduction per optimizer update follows.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -58,15 +57,19 @@ class ParallelConfig:
             raise ValueError(f"ParallelConfig: shards must be at least 1, got {self.shards}")
 
 
-class Parallel(ABC):
-    """One way to spread weights."""
+class Parallel:
+    """One process, which has everything."""
 
     lockstep = False
     """All processes must make equally many calls."""
+    sharded = False
+    """No process has all weights."""
     share = 1.0
     """What this process's gradients are multiplied by in the reduction."""
 
-    @abstractmethod
+    def gather(self) -> None:
+        """Makes weights whole for the calls to come; by all processes, after every change."""
+
     def reduce(self, parameters: Sequence[Tensor], zero_pass: Callable[[], None]) -> None:
         """Sums the gradients of an update over all processes: the only communication about them.
 
@@ -79,14 +82,6 @@ class Parallel(ABC):
         """Clips the gradients' norm and returns what it was, the same on every process."""
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         return cast("Any", norm).full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-class Alone(Parallel):
-    """One process: nothing to reduce."""
-
-    def reduce(self, parameters: Sequence[Tensor], zero_pass: Callable[[], None]) -> None:
-        """Does nothing."""
-        del parameters, zero_pass
 
 
 class Replicas(Parallel):
@@ -143,14 +138,23 @@ class Shards(Parallel):
         ranks: of the run.
 
     Raises:
-        ValueError: the processes cannot be parted into groups of `config.shards`.
+        ValueError: the processes cannot be parted into groups of `config.shards`, or trained
+            weights have 16 bits.
     """
+
+    sharded = True
 
     def __init__(self, modules: Sequence[nn.Module], config: ParallelConfig, ranks: Ranks) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
         self.lockstep, self.share = config.reshard, float(ranks.world_size)
+        short = [p.dtype for p in modules[0].parameters() if p.requires_grad and p.itemsize < 4]
+        if short:
+            raise ValueError(
+                f"Shards: trained weights must be float32, got {short[0]}; try mixed=True, which "
+                "computes in bfloat16"
+            )
         shards, world = config.shards or ranks.world_size, ranks.world_size
         if world % shards:
             raise ValueError(
@@ -169,10 +173,9 @@ class Shards(Parallel):
         if config.offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=ranks.device.type != "cpu")
         for module in modules:
-            for part in module.modules():
-                if isinstance(part, nn.ModuleList):
-                    for block in part:
-                        fully_shard(block, **options)
+            for part in module.children():
+                for block in part if isinstance(part, nn.ModuleList) else ():
+                    fully_shard(block, **options)
             fully_shard(module, **options)
         self._modules = [cast("Any", module) for module in modules]
         self._keep_whole()
@@ -182,6 +185,18 @@ class Shards(Parallel):
             module.set_requires_gradient_sync(False)
             module.set_reshard_after_backward(self.lockstep)
 
+    def gather(self) -> None:
+        """Gathers all weights anew, block by block, unless every call does."""
+        for part in self._parts() if not self.lockstep else ():
+            part.reshard()
+            part.unshard()
+
+    def _parts(self) -> list[Any]:
+        """Everything that is gathered as one; frozen weights never change, but are few calls."""
+        from torch.distributed.fsdp import FSDPModule
+
+        return [p for m in self._modules for p in m.modules() if isinstance(p, FSDPModule)]
+
     def reduce(self, parameters: Sequence[Tensor], zero_pass: Callable[[], None]) -> None:
         """Reduces and scatters what has added up, in the backward of the pass of zero weight."""
         del parameters
@@ -189,8 +204,8 @@ class Shards(Parallel):
             module.set_requires_gradient_sync(True)
             module.set_reshard_after_backward(True)
         zero_pass()
-        for module in self._modules:
-            module.reshard()
+        for part in self._parts():
+            part.reshard()
         self._keep_whole()
 
 
@@ -205,5 +220,5 @@ def spread(config: ParallelConfig, modules: Sequence[nn.Module], ranks: Ranks) -
     whole = all(p.requires_grad for p in modules[0].parameters())
     shard = config.kind == "shard" or (config.kind == "auto" and whole)
     if ranks.alone and not (shard and config.kind == "shard"):
-        return Alone()
+        return Parallel()
     return Shards(modules, config, ranks) if shard else Replicas(modules)

@@ -7,6 +7,7 @@ leaves, K columns.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from branchcore.credit import Floats
+from branchcore.distributed import Ranks
 from branchcore.leaf_weights import filled
 from branchcore.recipes.recipe import PooledCredit, Recipe
 from branchcore.rewards import component_weights
@@ -88,7 +90,8 @@ class PooledSpread:
         self.iterations: int = 0
         """Taken in so far."""
         credit = recipe.credit
-        self._credit = credit if prompts and isinstance(credit, PooledCredit) else None
+        self._pooled = credit if isinstance(credit, PooledCredit) else None
+        self._credit = self._pooled if prompts else None
         for name, value, pooled in _COUPLED:
             coupled = recipe.options.get(name) == value and not (pooled and self._credit)
             if prompts and coupled:
@@ -98,20 +101,43 @@ class PooledSpread:
                     "the survivors bias the estimate, and no earlier iteration has them"
                 )
 
-    def credited(self) -> Recipe:
-        """Returns the recipe, crediting by the std of earlier iterations.
+    @property
+    def crosses(self) -> bool:
+        """The credit takes a std over all prompts of an iteration, and no earlier one's serves."""
+        return self._pooled is not None and (self._credit is None or self.variance is None)
 
-        The first iteration has none: it drops no prompt, and its rounds take their own.
+    def credited(
+        self,
+        batches: Sequence[Batch] = (),
+        reward_weights: Mapping[str, float] | None = None,
+        ranks: Ranks | None = None,
+    ) -> Recipe:
+        """Returns the recipe, crediting by the std of earlier iterations or of these batches.
+
+        Without either every round takes its own: the first iteration drops no prompt.
+
+        Args:
+            batches: all of this process's, scored; () = none are known yet.
+            reward_weights: per component; None = 1 each.
+            ranks: whose batches count, too.
         """
-        if self._credit is None or self.variance is None:
+        pooled, variance = self._pooled, self.variance
+        if pooled is None or (self._credit is None and not (batches or ranks)):
             return self.recipe
-        return replace(self.recipe, credit=self._credit.by(np.sqrt(self.variance)))
+        if self._credit is None or variance is None:
+            ones = dict.fromkeys((uid for batch in batches for uid in batch.uids), 1.0)
+            found = self._moments(pooled, batches, ones, reward_weights, ranks)
+            variance = None if found is None else found.variance(pooled.ddof)
+        if variance is None:
+            return self.recipe
+        return replace(self.recipe, credit=pooled.by(np.sqrt(variance)))
 
     def moments(
         self,
         batches: Sequence[Batch],
         prompt_weight: Mapping[int, float],
         reward_weights: Mapping[str, float] | None,
+        ranks: Ranks | None = None,
     ) -> Moments | None:
         """Returns the moments of what the credit takes a std of, None if nobody asks.
 
@@ -119,25 +145,35 @@ class PooledSpread:
             batches: of an iteration, or of a part of it: moments add up.
             prompt_weight: 1 / (1 - P) by uid, so that these count for the dropped ones.
             reward_weights: per component; None = 1 each.
+            ranks: whose batches count, too.
         """
-        total: Moments | None = None
         if self._credit is None:
             return None
+        return self._moments(self._credit, batches, prompt_weight, reward_weights, ranks)
+
+    @staticmethod
+    def _moments(
+        credit: PooledCredit,
+        batches: Sequence[Batch],
+        prompt_weight: Mapping[int, float],
+        reward_weights: Mapping[str, float] | None,
+        ranks: Ranks | None,
+    ) -> Moments | None:
+        total: Moments | None = None
         for batch in batches:
-            plan, scores = batch.forest.plan, batch.scores
+            plan, scores, of_leaf = batch.forest.plan, batch.scores, batch.leaf_weight
             weight_R = component_weights(scores.names, reward_weights)
             of_prompt = np.array([prompt_weight[uid] for uid in batch.uids])
             weight_L, rewards = of_prompt[plan.prompt[plan.leaf]], scores.values
-            of_leaf = batch.leaf_weight
             if of_leaf is not None:
-                weight_L = weight_L * of_leaf
-                rewards = (
-                    filled(plan, rewards, of_leaf) if of_leaf.any() else 0.0 * of_leaf[:, None]
-                )
-            values_LK = self._credit.pool(plan, rewards, weight_R, of_leaf)
-            found = Moments.of(values_LK, weight_L)
+                if not of_leaf.any():
+                    continue
+                weight_L, rewards = weight_L * of_leaf, filled(plan, rewards, of_leaf)
+            found = Moments.of(credit.pool(plan, rewards, weight_R, of_leaf), weight_L)
             total = found if total is None else total.plus(found)
-        return total
+        every = [total] if ranks is None else ranks.gather(total)
+        known = [one for one in every if one is not None]
+        return functools.reduce(Moments.plus, known) if known else None
 
     def remember(self, moments: Moments | None) -> None:
         """Takes in the moments of a whole iteration."""

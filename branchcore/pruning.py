@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from branchcore import unbiased
 from branchcore.coins import Coins, Weights
 from branchcore.credit import Floats
+from branchcore.distributed import Ranks
 from branchcore.gradient import live_edges
 from branchcore.leaf_weights import edge_weight
 from branchcore.noise import PRUNING, host_generator
@@ -42,7 +43,7 @@ class Draw(NamedTuple):
     weight: Mapping[int, float]
     """1 / (1 - P) of those rolled out, by uid, ascending."""
     rounds: list[tuple[int, ...]]
-    """uids of every round."""
+    """uids of every round of this process."""
     plans: list[Plan]
     """Of the rounds."""
     planned: list[int]
@@ -73,25 +74,34 @@ class Pruning:
         self.spread = PooledSpread(recipe, config.prompts)
         """The std over all prompts that the credit takes, if it takes one."""
 
-    def draw(self, indices: Ints, iteration: int, per_round: int | None = None) -> Draw:
-        """Draws the prompts of an iteration and plans its rounds.
+    def draw(
+        self,
+        indices: Ints,
+        iteration: int,
+        per_round: int | None = None,
+        ranks: Ranks | None = None,
+    ) -> Draw:
+        """Draws the prompts of an iteration and plans the rounds of this process.
 
         Args:
             indices: (P,) index in the data set of every uid 0..P - 1.
             iteration: of the run.
             per_round: prompts of a round at most; None = all.
+            ranks: among which prompts are shared out; None = this process has all.
         """
+        ranks = ranks or Ranks()
         weight = self.prompt_weights(indices, iteration)
-        uids = tuple(weight)
+        uids = ranks.share(tuple(weight))
         rounds = [uids[lo:hi] for lo, hi in balanced_chunks(len(uids), per_round)]
         where = {"seed": self.seed, "iteration": iteration}
         plans = [self.recipe.plan(one, **where) for one in rounds]
-        dropped = [uid for uid in range(len(indices)) if uid not in weight]
+        dropped = ranks.share([uid for uid in range(len(indices)) if uid not in weight])
         without = [self.recipe.plan([uid], **where) for uid in dropped]
         updates = range(self.recipe.updates)
         planned = [sum(len(plan.trained(u)) for plan in plans + without) for u in updates]
         spared = sum(plan.counts().forwards for plan in without)
-        return Draw(indices, weight, rounds, plans, planned, spared)
+        total = [int(n) for n in ranks.sum(np.array([*planned, spared], dtype=np.float64))]
+        return Draw(indices, weight, rounds, plans, total[:-1], total[-1])
 
     def prompt_weights(self, indices: Ints, iteration: int) -> dict[int, float]:
         """Returns 1 / (1 - P) of the prompts that are rolled out, by uid.
@@ -138,21 +148,21 @@ class Pruning:
                 into[int(key)] = value
         self.spread.load(state["spread"], where)
 
-    def remember(self, indices: Ints, batches: Sequence[Batch]) -> None:
-        """Updates the running means with all trained edges of what was rolled out."""
-        depths: list[Ints] = []
-        squares: list[Floats] = []
+    def remember(self, indices: Ints, batches: Sequence[Batch], ranks: Ranks | None = None) -> None:
+        """Updates the running means with all trained edges that any process has rolled out."""
+        seen = Seen({}, {})
         for batch in batches:
             plan, edges = batch.forest.plan, batch.forest.plan.trained()
             weight = edge_weight(plan, batch.leaf_weight)[edges]
             size = batch.credit.advantage[edges].sum(1)
             if self.config.prompts:
-                data = indices[[*batch.uids]][plan.prompt[edges]]
-                _remember(self.history, data, weight * size)
-            depths.append(plan.depth[edges])
-            squares.append(weight * size**2)
-        if self.config.rule == "history":
-            _remember(self.steps, np.concatenate(depths), np.concatenate(squares))
+                seen.add(seen.prompts, indices[[*batch.uids]][plan.prompt[edges]], weight * size)
+            if self.config.rule == "history":
+                seen.add(seen.steps, plan.depth[edges], weight * size**2)
+        if self.config.prompts or self.config.rule == "history":
+            every = (ranks or Ranks()).gather(seen)
+            _remember(self.history, [one.prompts for one in every])
+            _remember(self.steps, [one.steps for one in every])
 
     def weigh(self, batch: Batch, prompt_weight: Mapping[int, float]) -> Batch:
         """Returns a batch with the weights of its prompts and of a biased pruner multiplied in."""
@@ -284,8 +294,24 @@ class Pruning:
         return kept if most is None else Kept(np.minimum(kept.weight, most), kept.probability)
 
 
-def _remember(known: dict[int, float], key_n: Ints, value_n: Floats) -> None:
-    """Moves the running mean of every key that occurs towards the mean of its values."""
-    for key in np.unique(key_n):
-        now = float(value_n[key_n == key].mean())
-        known[int(key)] = _MEMORY * known.get(int(key), now) + (1.0 - _MEMORY) * now
+class Seen(NamedTuple):
+    """Count and sum of what was seen of every prompt and step."""
+
+    prompts: dict[int, tuple[int, float]]
+    steps: dict[int, tuple[int, float]]
+
+    @staticmethod
+    def add(into: dict[int, tuple[int, float]], key_n: Ints, value_n: Floats) -> None:
+        """Adds some values under their keys."""
+        for key in np.unique(key_n).tolist():
+            mine = value_n[key_n == key]
+            count, total = into.get(key, (0, 0.0))
+            into[key] = count + len(mine), total + float(mine.sum())
+
+
+def _remember(known: dict[int, float], seen: Sequence[Mapping[int, tuple[int, float]]]) -> None:
+    """Moves the running mean of every key that was seen towards the mean of its values."""
+    for key in sorted({key for one in seen for key in one}):
+        found = [one[key] for one in seen if key in one]
+        now = sum(total for _, total in found) / sum(count for count, _ in found)
+        known[key] = _MEMORY * known.get(key, now) + (1.0 - _MEMORY) * now

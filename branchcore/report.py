@@ -40,7 +40,7 @@ def tape_of(recipe: Recipe, plan: Plan) -> Tape:
 
 def asks_reference(recipe: Recipe) -> bool:
     """Tells whether every trained pass needs a forward of the reference policy."""
-    return recipe.objective.kl > 0.0 or recipe.objective.anchor == "reference"
+    return recipe.objective.compares
 
 
 def other_forwards(recipe: Recipe, plan: Plan, trained: int) -> int:

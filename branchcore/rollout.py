@@ -31,6 +31,7 @@ from branchcore.forest import (
 from branchcore.masked_backward import MaskedBackward
 from branchcore.model import VelocityModel, call_velocity
 from branchcore.noise import Noise
+from branchcore.packing import balanced_chunks
 from branchcore.plan import Ints, Plan
 from branchcore.waves import Chunk, Wave, waves_of
 
@@ -87,15 +88,11 @@ def rollout(
         raise TypeError(f"rollout: dtype must be float32 or float64, got {dtype}")
     if tape < 0:
         raise ValueError(f"rollout: tape must be >= 0 nodes, got {tape}")
-    read_later = np.flatnonzero(plan.train & ((plan.update > 0) | bool(keep_velocity)))
-    keep_velocity = plan.num_updates > 1 if keep_velocity is None else keep_velocity
+    evaluated, keep_velocity = _evaluated(plan, keep_velocity)
     trained = plan.action[plan.trained(0)]
     on_tape = np.zeros(len(plan), dtype=bool)
     left = trained if off_tape is None else trained[~off_tape[trained]]
     on_tape[np.unique(left[plan.evaluated[left]])[:tape]] = True
-    evaluated = plan.evaluated.copy()
-    if keep_velocity:
-        evaluated[plan.action[read_later]] = True
     checkpoints = {} if stop is None else {d: stoppable(plan, d) for d in stop.depths}
     slot = kept_slots(plan)
     waves = waves_of(plan, slot, evaluated, on_tape, max_batch, device)
@@ -116,6 +113,23 @@ def rollout(
         x, past = run.grow(wave, x, v, past)
     run.check_finite()
     return run.forest
+
+
+def num_calls(plan: Plan, *, max_batch: int | None, keep_velocity: bool | None) -> int:
+    """Returns the model calls of a rollout without a tape and stops; arguments as there."""
+    evaluated = _evaluated(plan, keep_velocity)[0]
+    counts = [int(evaluated[lo:hi].sum()) for lo, hi in plan.levels()]
+    return sum(len(balanced_chunks(count, max_batch)) for count in counts)
+
+
+def _evaluated(plan: Plan, keep_velocity: bool | None) -> tuple[NDArray[np.bool_], bool]:
+    """Returns (M,) nodes that get a velocity, and whether it is stored."""
+    read_later = np.flatnonzero(plan.train & ((plan.update > 0) | bool(keep_velocity)))
+    evaluated = plan.evaluated.copy()
+    stored = plan.num_updates > 1 if keep_velocity is None else keep_velocity
+    if stored:
+        evaluated[plan.action[read_later]] = True
+    return evaluated, stored
 
 
 class _Past(NamedTuple):

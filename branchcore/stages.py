@@ -6,7 +6,7 @@ A foreign trainer calls these alone; `trainer.Trainer` is the shortest complete 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -152,11 +152,12 @@ def grow(
     off_tape: NDArray[np.bool_] | None = None,
     masked_backward: bool = False,
     stopping: Stopping | None = None,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Grown:
     """Grows and decodes the trees of some prompts: the first part of `collect`, which has the rest.
 
-    `off_tape` and `masked_backward` are those of `rollout`; `stopping` ends branches on the way.
+    Arguments of the same name are those of `rollout`; `stopping` ends branches on the way.
 
     Raises:
         FloatingPointError: the model returned NaN or Inf.
@@ -179,6 +180,7 @@ def grow(
         off_tape=off_tape,
         masked_backward=masked_backward,
         stop=None if previews is None else previews.stop,
+        dtype=dtype,
         device=device,
     )
     leaves = np.flatnonzero(plan.leaf & forest.alive)
@@ -200,23 +202,42 @@ def finish(
     iteration: int,
     reward_weights: Mapping[str, float] | None = None,
 ) -> Batch:
-    """Turns scores of grown trees into edge advantages and weights: the last part of `collect`.
+    """Turns scores of grown trees into edge advantages and weights: the last part of `collect`."""
+    scored = scored_batch(grown, scores)
+    return credited(scored, recipe, iteration=iteration, reward_weights=reward_weights)
+
+
+def scored_batch(grown: Grown, scores: Scores) -> Batch:
+    """Returns a batch without credit: scores of all leaves, NaN where a branch was stopped."""
+    plan, leaf_weight = grown.forest.plan, grown.leaf_weight
+    if leaf_weight is not None:
+        values = np.full((len(leaf_weight), len(scores.names)), np.nan)
+        values[grown.forest.alive[plan.leaf]] = scores.values
+        scores = Scores(scores.names, values)
+    nothing = EdgeCredit(np.zeros((len(plan), 2)), np.zeros(len(plan)))
+    weight = edge_weight(plan, leaf_weight)
+    return Batch(grown.forest, grown.model, scores, nothing, weight, grown.uids, leaf_weight)
+
+
+def credited(
+    batch: Batch,
+    recipe: Recipe,
+    *,
+    iteration: int,
+    reward_weights: Mapping[str, float] | None = None,
+) -> Batch:
+    """Returns a scored batch with edge advantages and weights.
 
     An edge's weight is the recipe's pruner's times, where branches were stopped, the mean weight of
     the leaves below it.
     """
-    plan, leaf_weight = grown.forest.plan, grown.leaf_weight
+    plan, scores = batch.forest.plan, batch.scores
     weights = component_weights(scores.names, reward_weights)
-    log_prob = grown.forest.log_prob.double().cpu().numpy()
-    if leaf_weight is None:
-        credit = recipe.credit(plan, scores.values, weights, log_prob)
-    else:
-        values = np.full((len(leaf_weight), len(scores.names)), np.nan)
-        values[grown.forest.alive[plan.leaf]] = scores.values
-        scores = Scores(scores.names, values)
-        credit = recipe.credit(plan, values, weights, log_prob, leaf_weight=leaf_weight)
-    weight = recipe.prune(plan, credit.value, iteration) * edge_weight(plan, leaf_weight)
-    return Batch(grown.forest, grown.model, scores, credit, weight, grown.uids, leaf_weight)
+    log_prob = batch.forest.log_prob.double().cpu().numpy()
+    known = {} if batch.leaf_weight is None else {"leaf_weight": batch.leaf_weight}
+    credit = recipe.credit(plan, scores.values, weights, log_prob, **known)
+    weight = recipe.prune(plan, credit.value, iteration) * edge_weight(plan, batch.leaf_weight)
+    return batch._replace(credit=credit, weight=weight)
 
 
 def accumulate(
@@ -227,7 +248,8 @@ def accumulate(
     anchor: Anchor = "auto",
     max_batch: int | None = None,
     max_tokens: int | None = None,
-    num_planned: int | None = None,
+    num_planned: float | None = None,
+    even: Callable[[int], int] | None = None,
 ) -> Statistics:
     """Adds the gradient of one update of a batch to the parameters; see `gradient.gradient`."""
     return gradient(
@@ -241,6 +263,7 @@ def accumulate(
         max_batch=max_batch,
         max_tokens=max_tokens,
         num_planned=num_planned,
+        even=even,
     )
 
 

@@ -1,37 +1,27 @@
-"""The embedded trainer: plan, grow, score, credit, prune, backward, step; resumable bit for bit.
+"""The embedded trainer: iterations, evaluation, log and checkpoints; resumable bit for bit.
 
-Read `Trainer.step` top to bottom; every stage is a public function of `stages`.
+`learner.Learner` has what an iteration does.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from branchcore import checkpoint, stages
-from branchcore.ema import Ema
-from branchcore.gradient import Anchor, Statistics
-from branchcore.ledger import Ledger
-from branchcore.masters import Masters
-from branchcore.metrics import bar_text, iteration_metrics
-from branchcore.model import Model, check_tokens
-from branchcore.plan import Plan
-from branchcore.pruning import Draw, Pruning
+from branchcore import checkpoint
+from branchcore.distributed import Ranks
+from branchcore.learner import Learner
+from branchcore.metrics import bar_text
+from branchcore.model import Model
+from branchcore.parallel import ParallelConfig
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
-from branchcore.rounds import score_rounds
 from branchcore.run_folder import RunFolder, check_same, identity
-from branchcore.slow_fast import FastPath, check_fast_steps
-from branchcore.stages import Batch, Grown, accumulate
-from branchcore.stopping import stopping_of
 from branchcore.trainer_config import TrainerConfig
 
 Metrics = dict[str, Any]
@@ -51,6 +41,8 @@ class Trainer:
         callbacks: called with every iteration's metrics, after they are logged.
         facts: what else identifies the run (the model, say); must agree on resume.
         resume: continue the run in `out` from its newest whole checkpoint.
+        ranks: processes of the run; None = this one alone.
+        parallel: how weights are spread over them.
 
     Raises:
         ValueError: `out` holds another run, or a checkpoint of another model or recipe.
@@ -70,34 +62,16 @@ class Trainer:
         callbacks: Sequence[Callable[[Metrics], None]] = (),
         facts: Mapping[str, Any] | None = None,
         resume: bool = False,
+        ranks: Ranks | None = None,
+        parallel: ParallelConfig | None = None,
     ) -> None:
-        self.model, self.prompts, self.recipe, self.config = model, list(prompts), recipe, config
-        self.reward, self.stopping = stopping_of(config, recipe, reward)
+        self.recipe, self.config, self.ranks = recipe, config, ranks or Ranks()
         self.evaluate, self.callbacks = evaluate, callbacks
-        self.parameters = [p for p in model.module.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError("Trainer: module must have trainable parameters, got none")
-        check_fast_steps(config, recipe)
-        check_tokens(model, self.prompts, config.max_tokens)
-        self.pruning = Pruning(config.prune, recipe, config.seed)
-        self.device = self.parameters[0].device
-        self.masters = Masters(model.module)
-        self.optimizer = torch.optim.AdamW(
-            self.masters.parameters,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
+        self.learner = Learner(
+            model, prompts, reward, recipe, config, self.ranks, parallel or ParallelConfig()
         )
-        average = partial(Ema, model.module, masters=self.masters)
-        self.ema = None if config.ema_decay is None else average(config.ema_decay)
-        self.sampler = None if recipe.sampler_decay is None else average(0.0, starts_as_copy=True)
-        both = (("ema", self.ema), ("sampler", self.sampler))
-        self._averages = {name: kept for name, kept in both if kept is not None}
-        self.tape = 0 if self.sampler is not None else self.pruning.tape(config.tape)
-        self.ledger = Ledger(self.pruning, config, self.masters.parameters, self.tape)
+        self.model, self.prompts = model, self.learner.prompts
         self.iteration, self.cpu_s = 0, 0.0
-        self.noise_floor: float | None = None
         self.folder = RunFolder(
             out, identity(config, recipe, self.prompts, facts or {}), resume=resume
         )
@@ -128,149 +102,27 @@ class Trainer:
 
     def step(self) -> Metrics:
         """Runs one iteration and returns its metrics."""
-        cpu, wall = time.process_time(), time.perf_counter()
-        with self.masters.receiving():
-            batches, total, norms = self._updates()
-        if self.ema is not None:
-            self.ema.update()
-        if self.sampler is not None and self.recipe.sampler_decay is not None:
-            self.sampler.decay = self.recipe.sampler_decay(self.iteration)
-            self.sampler.update()
+        cpu = time.process_time()
+        metrics = self.learner.step(self.iteration)
         self.iteration += 1
         self.cpu_s += time.process_time() - cpu
-        return {
-            "iteration": self.iteration,
-            **iteration_metrics(batches, total, self.config.reward_weights),
-            "grad_norm": max(float(n) for n in norms),
-            **({} if self.noise_floor is None else {"noise_floor": self.noise_floor}),
-            **self.ledger.metrics(),
-            "cpu_s": self.cpu_s,
-            "wall_s": time.perf_counter() - wall,
-        }
-
-    def _updates(self) -> tuple[list[Batch], Statistics, list[torch.Tensor]]:
-        """Takes all optimizer steps of an iteration; returns their gradient norms too."""
-        self.optimizer.zero_grad(set_to_none=True)
-        fast = self.config.fast_steps > 0
-        start = FastPath(self.masters.parameters, self.optimizer) if fast else None
-        sizes = len(self.prompts), self.config.prompts_per_iteration
-        seed, now = self.config.seed, self.iteration
-        indices = stages.prompt_indices(*sizes, seed=seed, iteration=now)
-        draw = self.pruning.draw(indices, now, self.config.prompts_per_round)
-        self.ledger.open(draw, now)
-        batches, total = self._first_update(draw)
-        norms = [self._optimizer_step(0)]
-        if start is not None:
-            norms += self._fast_steps(start, draw, batches)
-        for update in range(1, self.recipe.updates):
-            total = total.plus(self._pass(draw, batches, update, inner=update))
-            norms.append(self._optimizer_step(update))
-        self.ledger.close(batches)
-        return batches, total, norms
-
-    def _first_update(self, draw: Draw) -> tuple[list[Batch], Statistics]:
-        """Rolls out, scores and backpropagates round by round, so that few tapes live at a time."""
-        config, iteration = self.config, self.iteration
-        grown = (self._grow(*one, draw) for one in zip(draw.plans, draw.rounds, strict=True))
-        batches: list[Batch] = []
-        total = Statistics.zero(self.device)
-        limits = {"max_batch": config.max_batch, "max_tokens": config.max_tokens}
-        recipe, weights = self.pruning.spread.credited(), config.reward_weights
-        end = partial(stages.finish, recipe=recipe, iteration=iteration, reward_weights=weights)
-        done = score_rounds(grown, self.reward, end, overlap=config.overlap_rewards)
-        with closing(done):
-            for batch in done:
-                if self.noise_floor is None and self.sampler is None:
-                    self.noise_floor = stages.noise_floor(batch, self.recipe, **limits)
-                batches.append(self.pruning.weigh(batch, draw.weight))
-                total = total.plus(self._pass(draw, batches[-1:]))
-        return batches, total
-
-    def _grow(self, plan: Plan, uids: Sequence[int], draw: Draw) -> Grown:
-        """Grows a round with the policy that samples."""
-        config, lags = self.config, self.sampler is not None
-        dropped = self.pruning.ahead(plan, uids, self.iteration)
-        with self.sampler.applied() if self.sampler is not None else nullcontext():
-            return stages.grow(
-                plan,
-                self.model,
-                self.recipe,
-                [self.prompts[i] for i in draw.indices[[*uids]]],
-                uids,
-                seed=config.seed,
-                iteration=self.iteration,
-                tape=self.tape,
-                max_batch=config.max_batch,
-                keep_velocity=True if lags or config.fast_steps else None,
-                off_tape=dropped,
-                masked_backward=self.pruning.late,
-                stopping=self.stopping,
-                device=self.device,
-            )
-
-    def _pass(
-        self, draw: Draw, batches: Sequence[Batch], update: int = 0, inner: int = 0
-    ) -> Statistics:
-        """Adds the gradient of one pass, with coins of its own; only the first is on policy."""
-        total = Statistics.zero(self.device)
-        anchor: Anchor = "auto" if inner == 0 and self.sampler is None else "rollout"
-        for batch in batches:
-            weight = self.ledger.weigh(batch, update=update, inner=inner, anchor=anchor)
-            part = accumulate(
-                batch._replace(weight=weight),
-                self.recipe,
-                update=update,
-                anchor=anchor,
-                max_batch=self.config.max_batch,
-                max_tokens=self.config.max_tokens,
-                num_planned=draw.planned[update],
-            )
-            total = total.plus(part)
-        return total
-
-    def _fast_steps(
-        self, before: FastPath, draw: Draw, batches: Sequence[Batch]
-    ) -> list[torch.Tensor]:
-        """Takes the other fast steps of SFPO, goes back and takes the corrective step."""
-        norms: list[torch.Tensor] = []
-        share, limit = self.config.fast_share, self.config.fast_limit
-        for inner in range(1, self.config.fast_steps):
-            ratio = self._pass(draw, batches, inner=inner).ratio
-            norms.append(self._optimizer_step(0))
-            if limit < math.inf:
-                far = bool(ratio.sum_abs_dev > limit * ratio.edges)
-                share = 0.0 if far else self.config.fast_share
-        before.go_back(share)
-        self.masters.write()
-        self._pass(draw, batches, inner=self.config.fast_steps)
-        return [*norms, self._optimizer_step(0)]
-
-    def _optimizer_step(self, update: int) -> torch.Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.parameters, self.config.max_grad_norm)
-        if not bool(torch.isfinite(norm)):
-            raise FloatingPointError(
-                f"Trainer: gradient norm must be finite, got {float(norm)} at iteration "
-                f"{self.iteration}, update {update}; this update changed no weight"
-            )
-        self.optimizer.step()
-        self.masters.write()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return {"iteration": self.iteration, **metrics, "cpu_s": self.cpu_s}
 
     def averaged(self) -> AbstractContextManager[None]:
         """Returns a block in which the module has its EMA weights, if the run keeps any."""
-        return nullcontext() if self.ema is None else self.ema.applied()
+        return self.learner.averaged()
 
     def save(self) -> Path:
         """Writes a checkpoint of the current iteration and returns its folder."""
+        learner = self.learner
         tensors = {
             "model": checkpoint.trained(self.model.module),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer),
+            "optimizer": checkpoint.optimizer_tensors(learner.optimizer),
         }
-        tensors |= {name: average.tensors() for name, average in self._averages.items()}
-        tensors |= {"masters": self.masters.copies} if self.masters.copies else {}
-        state = {**self.folder.identity, "cpu_s": self.cpu_s, "noise_floor": self.noise_floor}
-        state["pruning"] = self.ledger.state()
+        tensors |= {name: average.tensors() for name, average in learner.averages.items()}
+        tensors |= {"masters": learner.masters.copies} if learner.masters.copies else {}
+        state = {**self.folder.identity, "cpu_s": self.cpu_s, "noise_floor": learner.noise_floor}
+        state["pruning"] = learner.ledger.state()
         where = self.folder.path, self.iteration
         return checkpoint.save(*where, tensors, state, self.config.keep_checkpoints)
 
@@ -289,16 +141,17 @@ class Trainer:
         check_same(newest, state, self.folder.identity)
         kinds = {"cpu_s": float, "noise_floor": (float, None), "pruning": dict}
         checkpoint.require(newest / "state.json", state, **kinds)
-        self.ledger.load(state["pruning"], newest / "state.json")
-        module, copies = self.model.module, self.masters.copies
+        learner = self.learner
+        learner.ledger.load(state["pruning"], newest / "state.json")
+        module, copies = self.model.module, learner.masters.copies
         like = checkpoint.trained(module)
         weights = checkpoint.load_tensors(newest, "model", like)
-        moments = checkpoint.load_moments(newest, self.masters.parameters)
+        moments = checkpoint.load_moments(newest, learner.masters.parameters)
         masters = checkpoint.load_tensors(newest, "masters", copies) if copies else {}
-        for name, average in self._averages.items():
+        for name, average in learner.averages.items():
             average.load(checkpoint.load_tensors(newest, name, like), int(state["iteration"]))
         module.load_state_dict(weights, strict=False)
-        self.masters.load(masters)
-        checkpoint.load_optimizer(self.optimizer, moments)
+        learner.masters.load(masters)
+        checkpoint.load_optimizer(learner.optimizer, moments)
         self.iteration, self.cpu_s = int(state["iteration"]), float(state["cpu_s"])
-        self.noise_floor = state["noise_floor"]
+        learner.noise_floor = state["noise_floor"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from branchcore.distributed import RankError, Ranks, joined
 from branchcore.idle import idle_calls, idle_passes
-from branchcore.parallel import Alone, ParallelConfig, spread
+from branchcore.parallel import Parallel, ParallelConfig, spread
 
 
 def test_one_process_needs_no_group():
@@ -143,6 +143,7 @@ def gradient(ranks, options):
         model.module.zero_grad()
         if parallel.lockstep and not part:
             idle_passes(model, 3, ranks.device, torch.float64)
+        parallel.gather()
         waves(model, part, 5.0 / parallel.share)
         parallel.reduce(parameters, lambda: idle_passes(model, 1, ranks.device, torch.float64))
         norms.append(float(parallel.grad_norm(parameters, 1e9)))
@@ -188,7 +189,7 @@ def test_configurations_that_mean_nothing_are_refused():
         ParallelConfig(kind="replicate", offload=True)
     with pytest.raises(ValueError, match="shards must be at least 1, got 0"):
         ParallelConfig(shards=0)
-    assert isinstance(spread(ParallelConfig(), [net()], Ranks()), Alone)
+    assert type(spread(ParallelConfig(), [net()], Ranks())) is Parallel
 
 
 def uneven(ranks):

@@ -88,11 +88,11 @@ def test_wide_parameters_are_their_own_masters(toy):
 def test_the_trainer_moves_masters_and_rounds_them(short, tmp_path):
     model = short()
     trainer = Trainer(model, ["a", "b"], reward, RECIPE, CONFIG, tmp_path)
-    start = {name: copy.clone() for name, copy in trainer.masters.copies.items()}
+    start = {name: copy.clone() for name, copy in trainer.learner.masters.copies.items()}
     trainer.run()
     saved = load_tensors(tmp_path / "checkpoint-000001", "masters")
     for name, p in model.module.named_parameters():
-        copy = trainer.masters.copies[name]
+        copy = trainer.learner.masters.copies[name]
         assert p.dtype == torch.bfloat16
         assert torch.equal(p.detach(), copy.bfloat16())
         assert not torch.equal(copy, start[name])
@@ -108,7 +108,9 @@ def test_fast_steps_of_share_0_leave_no_trace_in_masters(short, tmp_path):
         config = dataclasses.replace(CONFIG, fast_steps=fast, fast_share=0.0)
         trainer = Trainer(model, ["a", "b"], reward, RECIPE, config, tmp_path / str(fast))
         trainer.run()
-        found.append(torch.cat([copy.flatten() for copy in trainer.masters.copies.values()]))
+        found.append(
+            torch.cat([copy.flatten() for copy in trainer.learner.masters.copies.values()])
+        )
     once, after = found
     start = torch.cat([p.detach().float().flatten() for p in short().module.parameters()])
     assert float((after - once).abs().mean()) < 0.05 * float((once - start).abs().mean())

@@ -223,12 +223,12 @@ def test_a_run_takes_its_own_std_first_and_then_that_of_the_past(toy, tmp_path, 
         rest = run(toy, out, prune, build(), resume=True)
         assert rows(out) == logged
         assert torch.equal(weights(rest), weights(whole))
-        assert rest.pruning.spread.state() == whole.pruning.spread.state()
+        assert rest.learner.pruning.spread.state() == whole.learner.pruning.spread.state()
     plain = PruningConfig(rule="threshold", rate=0.5)
     other = run(toy, tmp_path / "plain", plain, build())
     assert rows(tmp_path / "plain")[0] == logged[0]
-    assert other.pruning.spread.state() == {"variance": [], "iterations": 0}
-    assert other.pruning.spread.credited() is other.pruning.recipe
+    assert other.learner.pruning.spread.state() == {"variance": [], "iterations": 0}
+    assert other.learner.pruning.spread.credited() is other.learner.pruning.recipe
 
 
 def test_a_run_remembers_the_variance_of_what_it_was_given(toy, tmp_path):
@@ -246,11 +246,11 @@ def test_a_run_remembers_the_variance_of_what_it_was_given(toy, tmp_path):
     for iteration in range(4):
         seen.clear()
         trainer.step()
-        draw = trainer.ledger.draw
+        draw = trainer.learner.ledger.draw
         dropped += len(draw.indices) - len(draw.weight)
         assert len(seen) == len(draw.rounds)
         values, weight = np.concatenate(seen), np.repeat([*draw.weight.values()], 4)
         variance = np.cov(values, aweights=weight, ddof=0)
         mean += (variance - mean) / (iteration + 1)
-        assert trainer.pruning.spread.variance == pytest.approx(mean, rel=1e-6)
+        assert trainer.learner.pruning.spread.variance == pytest.approx(mean, rel=1e-6)
     assert dropped > 0

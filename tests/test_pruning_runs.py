@@ -88,10 +88,12 @@ def test_pruned_training_resumes_bit_for_bit_with_its_history(toy, tmp_path):
         rest = run(toy, out, prune, resume=True)
         assert rows(out) == logged
         assert torch.equal(weights(rest), weights(whole))
-        assert rest.pruning.history == whole.pruning.history
+        assert rest.learner.pruning.history == whole.learner.pruning.history
     state = tmp_path / "whole" / "checkpoint-000004" / "state.json"
     known = json.loads(state.read_text())
-    assert known["pruning"]["prompts"] == {str(k): v for k, v in whole.pruning.history.items()}
+    assert known["pruning"]["prompts"] == {
+        str(k): v for k, v in whole.learner.pruning.history.items()
+    }
     assert known["pruning"]["steps"] == {}
     state.write_text(json.dumps(known | {"pruning": known["pruning"] | {"prompts": {"0": -1.0}}}))
     with pytest.raises(ValueError, match=r"must hold a number >= 0 per key of prompts, got -1\.0"):

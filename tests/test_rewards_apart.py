@@ -222,7 +222,9 @@ def test_overlapped_rewards_change_no_bit(digits, tmp_path):
     assert alive == [True] * 4 + [False] * 4
     assert threads() == before
     assert got == wanted
-    for p, q in zip(plain.parameters, other.parameters, strict=True):
+    for p, q in zip(
+        plain.learner.masters.parameters, other.learner.masters.parameters, strict=True
+    ):
         assert torch.equal(p, q)
 
 
@@ -289,7 +291,7 @@ def test_a_failure_is_the_same_overlapped_and_leaves_no_thread(
             model.decode = failing(model.decode, 2, FloatingPointError("gone"))
         else:
             monkeypatch.setattr(
-                "branchcore.trainer.accumulate", failing(first, 1, ValueError(message))
+                "branchcore.learner.accumulate", failing(first, 1, ValueError(message))
             )
         with pytest.raises((RuntimeError, FloatingPointError, ValueError)) as caught:
             trained((prompts, usual, lambda model=model: model), tmp_path / f"{overlap}", reward,

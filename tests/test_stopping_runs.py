@@ -179,7 +179,7 @@ def test_where_nothing_is_left_no_reward_is_called_and_nothing_is_learnt(toy, tm
     config = dataclasses.replace(config, prompts_per_round=1, prune=STOP, tape=0)
     model = toy(torch.float32)
     trainer = Trainer(model, PROMPTS, counting, recipe(), config, tmp_path / "run")
-    trainer.stopping.previews = never = Never(trainer.stopping.previews)
+    trainer.learner.stopping.previews = never = Never(trainer.learner.stopping.previews)
     before = weights(trainer)
     metrics = trainer.step()
     assert never.count == 3

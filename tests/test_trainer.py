@@ -86,7 +86,9 @@ def test_resume_continues_bit_for_bit(toy, tmp_path, stop_after, kind):
     rest = run(toy, tmp_path / "cut", recipe=recipe, resume=True)
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert torch.equal(weights(rest), weights(whole))
-    averaged = [torch.cat([v.flatten() for v in t.ema.tensors().values()]) for t in (rest, whole)]
+    averaged = [
+        torch.cat([v.flatten() for v in t.learner.ema.tensors().values()]) for t in (rest, whole)
+    ]
     assert torch.equal(*averaged)
 
 
@@ -199,7 +201,7 @@ def test_several_updates_use_stored_velocities(toy, tmp_path):
     assert 0.0 < row["noise_floor"] < 1e-5
     one = run(toy, tmp_path / "one", config, recipes.dance_grpo(SG, group=6, eta=0.7))
     assert rows(tmp_path / "one")[-1]["ratio_dev_max"] == 0.0
-    assert int(one.optimizer.state_dict()["state"][0]["step"]) == 2
+    assert int(one.learner.optimizer.state_dict()["state"][0]["step"]) == 2
 
 
 def test_a_clip_below_the_noise_floor_warns(toy, tmp_path):
@@ -444,7 +446,7 @@ def test_old_checkpoints_go_and_a_new_name_replaces_the_same(toy, tmp_path):
 def test_a_gradient_that_is_not_finite_changes_nothing(toy, tmp_path):
     trainer = Trainer(toy(torch.float32), PROMPTS, reward, mix(), CONFIG, tmp_path / "run")
     before = weights(trainer).clone()
-    trainer.parameters[0].register_hook(lambda g: g * float("nan"))
+    trainer.learner.masters.parameters[0].register_hook(lambda g: g * float("nan"))
     with pytest.raises(
         FloatingPointError, match="must be finite, got nan at iteration 0, update 0"
     ):
@@ -502,7 +504,9 @@ def test_the_policy_that_samples_follows_at_its_own_pace(toy, tmp_path):
         recipe = dataclasses.replace(lagging(), sampler_decay=lambda i, decay=decay: decay)
         trainer = run(toy, tmp_path / str(decay), config, recipe)
         devs[decay] = [row["ratio_dev_max"] for row in rows(tmp_path / str(decay))[1:]]
-        samplers[decay] = torch.cat([p.flatten() for p in trainer.sampler.tensors().values()])
+        samplers[decay] = torch.cat(
+            [p.flatten() for p in trainer.learner.sampler.tensors().values()]
+        )
     trained, start = weights(trainer), weights(type("T", (), {"model": toy(torch.float32)}))
     assert devs[0.0][1] < 1e-5 < devs[0.5][1] < devs[1.0][1]
     assert torch.equal(samplers[1.0], start)

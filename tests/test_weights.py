@@ -254,7 +254,7 @@ def test_averages_of_a_lora_cost_no_base_and_act_on_the_shared_model(sd3, tmp_pa
     add_lora(model, rank=2)
     trainer = trainer_of(model, tmp_path, dataclasses.replace(CONFIG, iterations=2))
     trainer.run()
-    assert len(trainer.ema.averages) == 2 * len(lora_layers(model.module))
+    assert len(trainer.learner.ema.averages) == 2 * len(lora_layers(model.module))
     trained = velocity(model)
     with trainer.averaged():
         averaged = velocity(model)

@@ -103,7 +103,7 @@ class Need(NamedTuple):
     def phases(self, plan: Plan, rounds: int, rows: int, tape: int) -> dict[str, int]:
         """Returns the peak bytes of every part of an iteration."""
         recipe, cost, state = self.recipe, self.cost, STATE * self.elements
-        reference = recipe.objective.kl > 0.0 or recipe.objective.anchor == "reference"
+        reference = recipe.objective.compares
         slots = int(kept_slots(plan).max()) + 1
         kept = sum(self.fixed.values()) + rounds * (
             slots * state * (1 + self.stored) + plan.num_prompts * cost.prompt
