@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from branchcore import checkpoint, stages
+from branchcore.checkpoint import Checkpoints
 from branchcore.ema import Ema
 from branchcore.gradient import Statistics
 from branchcore.masters import Masters
@@ -29,6 +30,7 @@ from branchcore.pruning_sums import Sums
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
 from branchcore.run_folder import RunFolder, check_same, identity
+from branchcore.run_state import RunState
 from branchcore.slow_fast import FastPath, check_fast_steps
 from branchcore.stages import Batch, Grown, accumulate
 from branchcore.trainer_config import TrainerConfig
@@ -90,19 +92,29 @@ class Trainer:
         self.ema = None if config.ema_decay is None else average(config.ema_decay)
         self.sampler = None if recipe.sampler_decay is None else average(0.0, starts_as_copy=True)
         both = (("ema", self.ema), ("sampler", self.sampler))
-        self._averages = {name: kept for name, kept in both if kept is not None}
+        averages = {name: kept for name, kept in both if kept is not None}
+        held = (self.optimizer, self.masters, averages, self.pruning, reward)
+        self._state = RunState(model.module, *held)
         self.iteration, self.cpu_s, self.kept = 0, 0.0, Sums()
         self.noise_floor: float | None = None
         self.folder = RunFolder(
             out, identity(config, recipe, self.prompts, facts or {}), resume=resume
         )
-        newest = checkpoint.latest(self.folder.path)
+        self.checkpoints = Checkpoints(self.folder.path, config.keep_checkpoints)
+        newest = self.checkpoints.latest()
         if newest is not None:
             self._restore(newest)
         self.folder.forget_after(self.iteration)
+        self.checkpoints.tidy()
 
     def run(self) -> None:
-        """Trains to the configured number of iterations."""
+        """Trains to the configured number of iterations; the last checkpoint is whole then."""
+        try:
+            self._run()
+        finally:
+            self.checkpoints.wait()
+
+    def _run(self) -> None:
         todo = range(self.iteration, self.config.iterations)
         first: Metrics = {}
         if self.iteration == 0 and self.evaluate is not None:
@@ -258,17 +270,13 @@ class Trainer:
         return nullcontext() if self.ema is None else self.ema.applied()
 
     def save(self) -> Path:
-        """Writes a checkpoint of the current iteration and returns its folder."""
-        tensors = {
-            "model": checkpoint.trained(self.model.module),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer),
-        }
-        tensors |= {name: average.tensors() for name, average in self._averages.items()}
-        tensors |= {"masters": self.masters.copies} if self.masters.copies else {}
-        state = {**self.folder.identity, "cpu_s": self.cpu_s, "noise_floor": self.noise_floor}
-        state["pruning"] = self.pruning.state()
-        where = self.folder.path, self.iteration
-        return checkpoint.save(*where, tensors, state, self.config.keep_checkpoints)
+        """Starts a checkpoint of the current iteration; it is whole after `checkpoints.wait()`.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        facts = {**self.folder.identity, "cpu_s": self.cpu_s, "noise_floor": self.noise_floor}
+        return self._state.save(self.checkpoints, self.iteration, facts)
 
     def _evaluation(self) -> Metrics:
         assert self.evaluate is not None
@@ -281,20 +289,9 @@ class Trainer:
             callback(metrics)
 
     def _restore(self, newest: Path) -> None:
-        state = checkpoint.load_state(newest)
+        state = self.checkpoints.load_state(newest)
         check_same(newest, state, self.folder.identity)
-        kinds = {"cpu_s": float, "noise_floor": (float, None), "pruning": dict}
-        checkpoint.require(newest / "state.json", state, **kinds)
-        self.pruning.load(state["pruning"], newest / "state.json")
-        module, copies = self.model.module, self.masters.copies
-        like = checkpoint.trained(module)
-        weights = checkpoint.load_tensors(newest, "model", like)
-        moments = checkpoint.load_moments(newest, self.masters.parameters)
-        masters = checkpoint.load_tensors(newest, "masters", copies) if copies else {}
-        for name, average in self._averages.items():
-            average.load(checkpoint.load_tensors(newest, name, like), int(state["iteration"]))
-        module.load_state_dict(weights, strict=False)
-        self.masters.load(masters)
-        checkpoint.load_optimizer(self.optimizer, moments)
+        checkpoint.require(newest / "state.json", state, cpu_s=float, noise_floor=(float, None))
+        self._state.load(self.checkpoints, newest, state)
         self.iteration, self.cpu_s = int(state["iteration"]), float(state["cpu_s"])
         self.noise_floor = state["noise_floor"]

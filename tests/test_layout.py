@@ -46,6 +46,7 @@ LAYERS = [
         "ema",
         "masters",
         "run_folder",
+        "run_state",
         "trainer",
         "trainer_config",
         "pruning",
