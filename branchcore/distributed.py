@@ -103,8 +103,8 @@ class Ranks:
             error: what this process caught, None if nothing.
 
         Raises:
-            Exception: of the type of the first process's that failed if that is a built-in one,
-                else `RankError`; the message names the rank, and how many others failed.
+            Exception: of the type of the first process's that failed if that is a built-in one or
+                `agreed`, else `RankError`; the message names the rank, and how many others failed.
         """
         if self.alone:
             if error is not None:
@@ -133,9 +133,19 @@ class Ranks:
             ) from error
 
 
+_AGREED: dict[str, type[Exception]] = {}
+E = TypeVar("E", bound=type[Exception])
+
+
+def agreed(kind: E) -> E:
+    """Makes an exception, which takes one text, one that `Ranks.agree` raises everywhere."""
+    _AGREED[kind.__name__] = kind
+    return kind
+
+
 def _error_of(name: str) -> type[Exception]:
-    """The built-in exception of a name that takes one text, `RankError` for others."""
-    found = getattr(builtins, name, None)
+    """The agreed or built-in exception of a name, `RankError` for others."""
+    found = _AGREED.get(name) or getattr(builtins, name, None)
     if not (isinstance(found, type) and issubclass(found, Exception)) or "Unicode" in name:
         return RankError
     return found

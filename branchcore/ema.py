@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -39,6 +39,7 @@ class Ema:
         self.sources = self.parameters if masters is None else masters.parameters
         self.averages = [_wide(p).clone() for p in self.sources]
         self.updates = int(starts_as_copy)
+        """Weights taken in so far; the first time, the average becomes what it takes in."""
 
     @torch.no_grad()
     def update(self) -> None:
@@ -52,19 +53,14 @@ class Ema:
         self.updates += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns `checkpoint.trained` with the averaged weights, under the module's own names."""
+        """Returns `checkpoint.trained` with the averaged weights, under the module's own names.
+
+        A checkpoint is loaded by filling them; `updates` is to be set then.
+        """
         pairs = zip(self.parameters, self.averages, strict=True)
         average = {id(p): value for p, value in pairs}
         state = trained(self.module)
         return {name: average.get(id(value), value.detach()) for name, value in state.items()}
-
-    def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
-        """Restores the average as it was after so many updates."""
-        average = {id(p): value for p, value in zip(self.parameters, self.averages, strict=True)}
-        for name, value in trained(self.module).items():
-            if id(value) in average:
-                average[id(value)].copy_(tensors[name])
-        self.updates = updates
 
     @contextmanager
     def applied(self) -> Generator[None]:

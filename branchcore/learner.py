@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from branchcore import stages
-from branchcore.distributed import Ranks
+from branchcore.distributed import Ranks, agreed
 from branchcore.ema import Ema
 from branchcore.gradient import Anchor, Statistics
 from branchcore.idle import idle_calls, idle_passes
@@ -39,6 +39,7 @@ from branchcore.trainer_config import TrainerConfig
 T = TypeVar("T")
 
 
+@agreed
 class BadUpdate(FloatingPointError):
     """A velocity, reward or gradient that is not finite, on any process; no weight was changed."""
 
@@ -54,6 +55,7 @@ class Learner:
         config: the run.
         ranks: its processes.
         parallel: how weights are spread over them.
+        may_stop: called where an iteration can be given up without a trace; raises if it is to be.
 
     Raises:
         ValueError: nothing is trained, or settings exclude each other.
@@ -69,10 +71,11 @@ class Learner:
         config: TrainerConfig,
         ranks: Ranks,
         parallel: ParallelConfig,
+        may_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.prompts, self.recipe, self.config = model, list(prompts), recipe, config
         self.reward, self.stopping = stopping_of(config, recipe, reward)
-        self.ranks = ranks
+        self.ranks, self._may_stop = ranks, may_stop
         if not any(p.requires_grad for p in model.module.parameters()):
             raise ValueError("Trainer: module must have trainable parameters, got none")
         check_fast_steps(config, recipe)
@@ -220,6 +223,7 @@ class Learner:
                 self._idle_rounds(missing)
                 recipe = spread.credited(scored, weights, self.ranks)
             for batch in scored:
+                self._may_stop()
                 known = stages.credited(batch, recipe, iteration=iteration, reward_weights=weights)
                 self._measure_floor(known)
                 batches.append(self.pruning.weigh(known, draw.weight))
@@ -279,6 +283,7 @@ class Learner:
     ) -> Grown:
         """Grows a round with the policy that samples."""
         config = self.config
+        self._may_stop()
         stored = True if self.sampler or config.fast_steps else None
         stored = stored if self.recipe.objective.anchor == "policy" else False
         calls = num_calls(plan, max_batch=config.max_batch, keep_velocity=stored)

@@ -6,7 +6,7 @@ up. Gradients add up in fp32 too, whatever the number of micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,7 @@ class Masters:
     def __init__(self, module: nn.Module) -> None:
         self._rounded: dict[str, Tensor] = {}
         self.copies: dict[str, Tensor] = {}
-        """Of 16-bit parameters, by name; none where all are wider."""
+        """Of 16-bit parameters, by name; none where all are wider. A checkpoint fills them."""
         self.parameters: list[Tensor] = []
         """The copies of 16-bit parameters, and all others themselves."""
         for name, parameter in module.named_parameters():
@@ -53,11 +53,6 @@ class Masters:
         """Rounds the masters into the module."""
         for name, parameter in self._rounded.items():
             parameter.copy_(self.copies[name])
-
-    def load(self, copies: Mapping[str, Tensor]) -> None:
-        """Restores the copies; the module's weights are left alone."""
-        for name, copy in self.copies.items():
-            copy.copy_(copies[name])
 
 
 def _onto(master: Tensor) -> Callable[[Tensor], None]:

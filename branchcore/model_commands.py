@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from branchcore import recipes
+from branchcore.checkpoint import check_writable
 from branchcore.drawing import draw
 from branchcore.models.commands import task as tasks
 from branchcore.plots import curves
@@ -173,6 +174,7 @@ def _train(args: argparse.Namespace) -> None:
     config = TrainerConfig(**fields)
     if not args.resume:
         check_free(args.out)
+    check_writable(args.out)
     sigmas, config, notes = task.load(recipe, config)
     recipe = recipes.build(args.recipe, sigmas, **options)
 

@@ -22,7 +22,8 @@ _FREE_TO_CHANGE = (
 class RunFolder:
     """Opens a folder for a new run, or for the same run to go on.
 
-    Nothing is written before the first row is logged: a run that cannot start leaves no trace.
+    Nothing is left before the first row is logged: a run that cannot start leaves no trace. Whether
+    the folder can be written is tried with a file that has no name.
 
     Args:
         out: folder; created with the first row.
@@ -44,6 +45,7 @@ class RunFolder:
             check_free(self.path)
         elif not self._is_new:
             check_same(self._name, checkpoint.read_json(self._name), self.identity)
+        checkpoint.check_writable(self.path)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Appends one row to metrics.jsonl.

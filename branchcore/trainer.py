@@ -14,14 +14,17 @@ from typing import Any
 from tqdm import tqdm
 
 from branchcore import checkpoint
+from branchcore.checkpoint import Checkpoints
 from branchcore.distributed import Ranks
-from branchcore.learner import Learner
+from branchcore.learner import BadUpdate, Learner
 from branchcore.metrics import bar_text
 from branchcore.model import Model
 from branchcore.parallel import ParallelConfig
+from branchcore.preemption import Preempted, Preemption
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
 from branchcore.run_folder import RunFolder, check_same, identity
+from branchcore.run_state import RunState
 from branchcore.trainer_config import TrainerConfig
 
 Metrics = dict[str, Any]
@@ -29,6 +32,8 @@ Metrics = dict[str, Any]
 
 class Trainer:
     """Trains a flow model with a recipe and writes metrics.jsonl and checkpoints to a folder.
+
+    On several processes every one makes a trainer with the same arguments; the first one writes.
 
     Args:
         model: the policy.
@@ -38,7 +43,7 @@ class Trainer:
         config: the run.
         out: folder of the run.
         evaluate: held-out measures of the model (EMA weights if there are), by name.
-        callbacks: called with every iteration's metrics, after they are logged.
+        callbacks: called with every iteration's metrics, after they are logged, by rank 0.
         facts: what else identifies the run (the model, say); must agree on resume.
         resume: continue the run in `out` from its newest whole checkpoint.
         ranks: processes of the run; None = this one alone.
@@ -67,26 +72,61 @@ class Trainer:
     ) -> None:
         self.recipe, self.config, self.ranks = recipe, config, ranks or Ranks()
         self.evaluate, self.callbacks = evaluate, callbacks
+        self.preemption = Preemption()
         self.learner = Learner(
-            model, prompts, reward, recipe, config, self.ranks, parallel or ParallelConfig()
+            model,
+            prompts,
+            reward,
+            recipe,
+            config,
+            self.ranks,
+            parallel or ParallelConfig(),
+            self.preemption.check,
         )
         self.model, self.prompts = model, self.learner.prompts
-        self.iteration, self.cpu_s = 0, 0.0
+        self._state = RunState(self.learner, reward)
+        self.iteration, self.cpu_s, self.skipped, self._bad = 0, 0.0, 0, 0
         self.folder = RunFolder(
             out, identity(config, recipe, self.prompts, facts or {}), resume=resume
         )
-        newest = checkpoint.latest(self.folder.path)
+        self.checkpoints = Checkpoints(self.folder.path, config.keep_checkpoints)
+        newest = self.checkpoints.latest()
         if newest is not None:
             self._restore(newest)
-        self.folder.forget_after(self.iteration)
+        if self.ranks.main:
+            self.folder.forget_after(self.iteration)
+        self.checkpoints.tidy()
 
     def run(self) -> None:
-        """Trains to the configured number of iterations."""
+        """Trains to the configured number of iterations; the last checkpoint is whole then.
+
+        SIGTERM ends it early, with a checkpoint of what is finished; `preemption.asked` tells.
+        """
+        with self.preemption.listening():
+            try:
+                self._run()
+            except Preempted:
+                if checkpoint.folder_of(self.folder.path, self.iteration) != self._saved():
+                    self.save()
+            finally:
+                self.checkpoints.wait()
+
+    def _saved(self) -> Path | None:
+        self.checkpoints.wait()
+        return self.checkpoints.latest()
+
+    def _run(self) -> None:
         todo = range(self.iteration, self.config.iterations)
         first: Metrics = {}
         if self.iteration == 0 and self.evaluate is not None:
             first = {"iteration": 0, **self._evaluation()}
-        with tqdm(todo, initial=self.iteration, total=self.config.iterations, unit="it") as bar:
+        with tqdm(
+            todo,
+            initial=self.iteration,
+            total=self.config.iterations,
+            unit="it",
+            disable=not self.ranks.main,
+        ) as bar:
             for _ in bar:
                 metrics = self.step()
                 last = self.iteration == self.config.iterations
@@ -98,33 +138,43 @@ class Trainer:
                 self._log(metrics)
                 if last or self.iteration % self.config.checkpoint_every == 0:
                     self.save()
-                bar.set_postfix_str(bar_text(metrics))
+                bar.set_postfix_str(metrics.get("skipped") or bar_text(metrics))
 
     def step(self) -> Metrics:
-        """Runs one iteration and returns its metrics."""
+        """Runs one iteration and returns its metrics.
+
+        Raises:
+            BadUpdate: something was not finite once more than `TrainerConfig.bad_updates` allows.
+        """
         cpu = time.process_time()
-        metrics = self.learner.step(self.iteration)
+        try:
+            metrics = self.learner.step(self.iteration)
+            self._bad = 0
+        except BadUpdate as error:
+            self._bad += 1
+            self.skipped += 1
+            if self._bad > self.config.bad_updates:
+                raise
+            metrics = {"skipped": str(error)}
         self.iteration += 1
         self.cpu_s += time.process_time() - cpu
-        return {"iteration": self.iteration, **metrics, "cpu_s": self.cpu_s}
+        counted = {"skipped_updates": self.skipped} if self.config.bad_updates else {}
+        return {"iteration": self.iteration, **metrics, **counted, "cpu_s": self.cpu_s}
 
     def averaged(self) -> AbstractContextManager[None]:
         """Returns a block in which the module has its EMA weights, if the run keeps any."""
         return self.learner.averaged()
 
     def save(self) -> Path:
-        """Writes a checkpoint of the current iteration and returns its folder."""
-        learner = self.learner
-        tensors = {
-            "model": checkpoint.trained(self.model.module),
-            "optimizer": checkpoint.optimizer_tensors(learner.optimizer),
-        }
-        tensors |= {name: average.tensors() for name, average in learner.averages.items()}
-        tensors |= {"masters": learner.masters.copies} if learner.masters.copies else {}
-        state = {**self.folder.identity, "cpu_s": self.cpu_s, "noise_floor": learner.noise_floor}
-        state["pruning"] = learner.ledger.state()
-        where = self.folder.path, self.iteration
-        return checkpoint.save(*where, tensors, state, self.config.keep_checkpoints)
+        """Starts a checkpoint of the current iteration; it is whole after `checkpoints.wait()`.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        own = {"cpu_s": self.cpu_s, "skipped": self.skipped}
+        floor = {"noise_floor": self.learner.noise_floor}
+        facts = {**self.folder.identity, **own, **floor}
+        return self._state.save(self.checkpoints, self.iteration, facts)
 
     def _evaluation(self) -> Metrics:
         assert self.evaluate is not None
@@ -132,26 +182,22 @@ class Trainer:
             return {f"eval/{k}": float(v) for k, v in self.evaluate(self.model).items()}
 
     def _log(self, metrics: Metrics) -> None:
-        self.folder.log(metrics)
-        for callback in self.callbacks:
-            callback(metrics)
+        """Writes a row; what fails on the process that writes fails on all."""
+        error: Exception | None = None
+        try:
+            if self.ranks.main:
+                self.folder.log(metrics)
+                for callback in self.callbacks:
+                    callback(metrics)
+        except Exception as found:
+            error = found
+        self.ranks.agree(error)
 
     def _restore(self, newest: Path) -> None:
-        state = checkpoint.load_state(newest)
+        state = self.checkpoints.load_state(newest)
         check_same(newest, state, self.folder.identity)
-        kinds = {"cpu_s": float, "noise_floor": (float, None), "pruning": dict}
+        kinds = {"cpu_s": float, "noise_floor": (float, None), "skipped": int}
         checkpoint.require(newest / "state.json", state, **kinds)
-        learner = self.learner
-        learner.ledger.load(state["pruning"], newest / "state.json")
-        module, copies = self.model.module, learner.masters.copies
-        like = checkpoint.trained(module)
-        weights = checkpoint.load_tensors(newest, "model", like)
-        moments = checkpoint.load_moments(newest, learner.masters.parameters)
-        masters = checkpoint.load_tensors(newest, "masters", copies) if copies else {}
-        for name, average in learner.averages.items():
-            average.load(checkpoint.load_tensors(newest, name, like), int(state["iteration"]))
-        module.load_state_dict(weights, strict=False)
-        learner.masters.load(masters)
-        checkpoint.load_optimizer(learner.optimizer, moments)
+        self._state.load(self.checkpoints, newest, state)
         self.iteration, self.cpu_s = int(state["iteration"]), float(state["cpu_s"])
-        learner.noise_floor = state["noise_floor"]
+        self.skipped, self.learner.noise_floor = int(state["skipped"]), state["noise_floor"]

@@ -49,6 +49,9 @@ class TrainerConfig:
     """SFPO: how much of the way of the fast steps is kept; see `slow_fast`."""
     fast_limit: float = float("inf")
     """SFPO: mean |ratio - 1| at the last fast gradient above which nothing of it is kept."""
+    bad_updates: int = 0
+    """Iterations in a row that are skipped because a velocity, reward or gradient is not finite;
+    one more is an error."""
     reward_weights: Mapping[str, float] | None = None
     """Weight per reward component; None = 1 each."""
     overlap_rewards: bool = False
@@ -112,6 +115,7 @@ _RANGES: dict[str, tuple[type, float, float]] = {
     "max_grad_norm": (float, _TINY, float("inf")),
     "ema_decay": (float, 0.0, 1.0 - 1e-9),
     "fast_steps": (int, 0, _MOST),
+    "bad_updates": (int, 0, _MOST),
     "fast_share": (float, 0.0, 1.0),
     "fast_limit": (float, 0.0, float("inf")),
     "checkpoint_every": (int, 1, _MOST),

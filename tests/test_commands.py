@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import Tiny
 
 from branchcore import examples, recipes, rewards
+from branchcore.checkpoint import load_group
 from branchcore.cli import main
 from branchcore.models import FAMILIES, runtime
 from branchcore.models.commands import task as tasks
@@ -148,7 +149,7 @@ def test_full_fine_tuning_with_everything_switched_on(train, sd3, tmp_path, caps
     assert "fused VAE decoder" in text
     assert "16 of 16 trained nodes of a round on the tape" in text
     trained = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
-    model = load_file(out / "checkpoint-000001" / "model.safetensors")
+    model = load_group(out / "checkpoint-000001", "model")
     base = load_file(Path(sd3) / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(trained[name], model[name]) for name in model)
     assert not torch.equal(trained["proj_out.weight"], base["proj_out.weight"])

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from branchcore import checkpoint, recipes, schedule, stages
+from branchcore.checkpoint import storage
 from branchcore.model_commands import settings
 from branchcore.pruning_config import PruningConfig
-from branchcore.rewards import component_weights, score
+from branchcore.rewards import Rewards, component_weights, score
 from branchcore.stages import prompt_indices
 from branchcore.trainer import Trainer
 from branchcore.trainer_config import TrainerConfig
@@ -349,22 +350,17 @@ def test_a_folder_with_another_run_is_refused(toy, tmp_path):
 
 
 def damage(folder, kind):
-    model, state = folder / "model.safetensors", folder / "state.json"
+    model, state = folder / "model" / "rank-00000.safetensors", folder / "state.json"
+    known = json.loads(state.read_text())
     if kind == "cut":
         model.write_bytes(model.read_bytes()[:200])
     if kind == "pickle":
         torch.save({"a": torch.zeros(1)}, model)
-    if kind == "foreign":
-        checkpoint.save_file({"other.weight": torch.zeros(2)}, model)
-    if kind == "shape":
-        tensors = checkpoint.load_tensors(folder, "model")
-        checkpoint.save_file({k: v[:1].contiguous() for k, v in tensors.items()}, model)
     if kind == "missing":
         model.unlink()
     if kind == "state":
         state.write_text(state.read_text()[:30])
     if kind == "keys":
-        known = json.loads(state.read_text())
         del known["cpu_s"]
         state.write_text(json.dumps(known))
     if kind == "list":
@@ -373,16 +369,10 @@ def damage(folder, kind):
         (folder.parent / "run.json").write_text('{"recipe": ')
     if kind == "log":
         (folder.parent / "metrics.jsonl").write_text("not a row\n")
-    if kind == "moments":
-        checkpoint.save_file({"x": torch.zeros(2)}, folder / "optimizer.safetensors")
-    if kind == "moment shape":
-        moments = checkpoint.load_tensors(folder, "optimizer")
-        moments["0.exp_avg"] = moments["0.exp_avg"][:1].contiguous()
-        checkpoint.save_file(moments, folder / "optimizer.safetensors")
-    if kind == "no moments":
-        checkpoint.save_file({}, folder / "optimizer.safetensors")
     if kind == "format":
-        state.write_text(json.dumps(json.loads(state.read_text()) | {"format": "other"}))
+        state.write_text(json.dumps(known | {"format": "other"}))
+    if kind == "reward":
+        state.write_text(json.dumps(known | {"reward": [{"seed": 1}]}))
 
 
 @pytest.mark.parametrize(
@@ -390,18 +380,14 @@ def damage(folder, kind):
     [
         ("cut", "must be whole safetensors"),
         ("pickle", "must be whole safetensors"),
-        ("foreign", "must hold this model's 4 tensors, got 4 missing .* and 1 foreign"),
-        ("shape", r"0.weight must be \(24, 17\), got \(1, 17\)"),
-        ("missing", "must hold model.safetensors, got no such file"),
+        ("missing", "must hold model/rank-00000.safetensors, got no such file"),
         ("state", "must be JSON, got damaged text"),
         ("keys", "must have a cpu_s, got nothing"),
         ("list", "must hold an object, got list"),
         ("run", "run.json must be JSON, got damaged text"),
         ("log", "must hold one JSON row per iteration"),
-        ("moments", "must hold this model's 12 tensors, got 12 missing .* and 1 foreign"),
-        ("moment shape", r"0.exp_avg must be \(24, 17\), got \(1, 17\)"),
-        ("no moments", "must hold this model's 12 tensors, got 12 missing"),
-        ("format", "must have format 'branchcore-checkpoint-1', got 'other'"),
+        ("format", "must have format 'branchcore-checkpoint-2', got 'other'"),
+        ("reward", "state.json must hold no state of function, got one"),
     ],
 )
 def test_a_damaged_checkpoint_is_one_clear_error(toy, tmp_path, kind, message):
@@ -414,23 +400,105 @@ def test_a_damaged_checkpoint_is_one_clear_error(toy, tmp_path, kind, message):
     assert after == before
 
 
-def test_a_crash_while_saving_leaves_the_last_whole_checkpoint(toy, tmp_path, monkeypatch):
-    trainer = run(toy, tmp_path / "run", dataclasses.replace(CONFIG, iterations=2))
-    calls = []
+def foreign(folder, kind):
+    """Writes the checkpoint again with other tensors in place of some."""
+    tensors = {name: checkpoint.load_group(folder, name) for name in ("model", "ema", "optimizer")}
+    if kind == "model":
+        tensors["model"] = {"other.weight": torch.zeros(2)}
+    if kind == "shape":
+        tensors["model"] = {k: v[:1].contiguous() for k, v in tensors["model"].items()}
+    if kind == "moments":
+        tensors["optimizer"] = {"x": torch.zeros(2)}
+    if kind == "moment shape":
+        tensors["optimizer"]["0.exp_avg"] = tensors["optimizer"]["0.exp_avg"][:1]
+    if kind == "no moments":
+        del tensors["optimizer"]
+    state = checkpoint.load_state(folder)
+    again = checkpoint.Checkpoints(folder.parent, keep=2)
+    again.save(state.pop("iteration"), tensors, state)
+    again.wait()
 
-    def full_disk(tensors, path):
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("model", "must hold this model's 4 tensors, got 4 missing .* and 1 foreign"),
+        ("shape", r"0.weight must be \(24, 17\), got \(1, 17\)"),
+        ("moments", "must hold this model's 12 tensors, got 12 missing .* and 1 foreign"),
+        ("moment shape", r"0.exp_avg must be \(24, 17\), got \(1, 17\)"),
+        ("no moments", "must hold this model's 12 tensors, got 12 missing"),
+    ],
+)
+def test_tensors_of_another_model_are_refused_whole(toy, tmp_path, kind, message):
+    run(toy, tmp_path / "run", dataclasses.replace(CONFIG, iterations=2))
+    foreign(checkpoint.latest(tmp_path / "run"), kind)
+    model = toy(torch.float32)
+    before = torch.cat([p.detach().flatten() for p in model.module.parameters()])
+    with pytest.raises(ValueError, match=message):
+        run(lambda dtype: model, tmp_path / "run", resume=True)
+    assert torch.equal(torch.cat([p.detach().flatten() for p in model.module.parameters()]), before)
+
+
+def test_a_full_disk_while_saving_leaves_the_last_whole_checkpoint(toy, tmp_path, monkeypatch):
+    trainer = run(toy, tmp_path / "run", dataclasses.replace(CONFIG, iterations=2))
+    real, calls = storage.write_file, []
+
+    def full_disk(path, parts):
         calls.append(path)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        path.write_bytes(b"x")
+        return real(path, parts)
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    trainer.iteration = 3
-    with pytest.raises(OSError, match="No space left"):
-        trainer.save()
+    monkeypatch.setattr(storage, "write_file", full_disk)
+    with pytest.raises(OSError, match=r"got No space left on device .*whole .* checkpoint-000002"):
+        run(toy, tmp_path / "run", resume=True)
+    assert len(calls) == 2
     monkeypatch.undo()
     assert checkpoint.latest(tmp_path / "run").name == "checkpoint-000002"
-    assert run(toy, tmp_path / "run", resume=True).iteration == 5
+    rest = run(toy, tmp_path / "run", resume=True)
+    assert rest.iteration == 5
+    assert torch.equal(weights(rest), weights(run(toy, tmp_path / "whole")))
+    assert trainer.iteration == 2
+
+
+class Dice:
+    """A reward that draws a number for every image, from a state of its own."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(5)
+        self.calls = 0
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        noise = torch.randn(len(images), generator=self.generator)
+        return {"dice": noise, **reward(images, prompts)}
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state(), "calls": [self.calls, None, "x"]}
+
+    def load_state_dict(self, state):
+        self.generator.set_state(state["generator"])
+        self.calls = state["calls"][0]
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_a_reward_goes_on_with_its_random_state(toy, tmp_path, combined):
+    def dice():
+        return Rewards({"a": Dice(), "plain": reward}) if combined else Dice()
+
+    whole = run(toy, tmp_path / "whole", the_reward=dice())
+    run(toy, tmp_path / "cut", the_reward=dice(), stop_after=3)
+    rest = run(toy, tmp_path / "cut", the_reward=dice(), resume=True)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert torch.equal(weights(rest), weights(whole))
+    with pytest.raises(ValueError, match=r"must hold no state of function, got one; try the rew"):
+        run(toy, tmp_path / "whole", the_reward=reward, resume=True)
+
+
+def test_a_reward_without_its_state_is_refused(toy, tmp_path):
+    run(toy, tmp_path / "run", dataclasses.replace(CONFIG, iterations=2))
+    with pytest.raises(ValueError, match=r"state.json must hold a state of Dice, got none"):
+        run(toy, tmp_path / "run", the_reward=Dice(), resume=True)
 
 
 def test_old_checkpoints_go_and_a_new_name_replaces_the_same(toy, tmp_path):
@@ -438,9 +506,12 @@ def test_old_checkpoints_go_and_a_new_name_replaces_the_same(toy, tmp_path):
     names = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
     assert names == ["checkpoint-000004", "checkpoint-000005"]
     trainer.save()
+    trainer.checkpoints.wait()
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == names
-    assert not list((tmp_path / "run").glob(".partial*"))
-    shutil.rmtree(tmp_path / "run")
+    for stale in (".partial-checkpoint-000006", ".old-checkpoint-000005"):
+        shutil.copytree(tmp_path / "run" / "checkpoint-000005", tmp_path / "run" / stale)
+    assert run(toy, tmp_path / "run", resume=True).iteration == 5
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(toy, tmp_path):
@@ -484,7 +555,8 @@ def test_tied_weights_are_saved(toy, tmp_path):
     trainer = Trainer(model, PROMPTS, reward, mix(), CONFIG, tmp_path / "run")
     trainer.step()
     folder = trainer.save()
-    saved = checkpoint.load_tensors(folder, "model")
+    trainer.checkpoints.wait()
+    saved = checkpoint.load_group(folder, "model")
     assert torch.equal(saved["tied"], saved["0.weight"])
 
 

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 import tiny_pipelines
 import torch
-from safetensors.torch import load_file
 from tiny_models import PROMPTS, differ, randomise, velocity
 
-from branchcore import models, recipes, schedule
+from branchcore import checkpoint, models, recipes, schedule
 from branchcore.trainer import Trainer
 from branchcore.trainer_config import TrainerConfig
 
@@ -215,24 +214,26 @@ def test_resume_continues_bit_for_bit(sd3, tmp_path, kind):
         while trainer.iteration < stop:
             trainer._log(trainer.step())
         trainer.save()
+        trainer.checkpoints.wait()
         return trainer
 
     run("whole", 2)
     run("cut", 1)
     run("cut", 2, resume=True)
     folders = [tmp_path / out / "checkpoint-000002" for out in ("whole", "cut")]
-    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
-    assert names[0] == names[1]
-    files = [name for name in names[0] if name.endswith(".safetensors")]
-    assert ("masters.safetensors" in files) == (kind == "all in bf16")
-    for name in files:
-        whole, cut = (load_file(folder / name) for folder in folders)
-        assert not differ(whole, cut), name
-    held = load_file(folders[0] / "model.safetensors")
+    indices = [checkpoint.read_index(folder) for folder in folders]
+    assert indices[0] == indices[1]
+    groups = {name.split(".", 1)[0] for name in indices[0].tensors}
+    assert groups == {"model", "ema", "optimizer"} | ({"masters"} & groups)
+    assert ("masters" in groups) == (kind == "all in bf16")
+    for group in groups:
+        whole, cut = (checkpoint.load_group(folder, group) for folder in folders)
+        assert not differ(whole, cut), group
+    held = checkpoint.load_group(folders[0], "model")
+    averages = checkpoint.load_group(folders[0], "ema")
     if kind != "all in bf16":
         assert all(".lora_" in name for name in held)
-        assert load_file(folders[0] / "ema.safetensors").keys() == held.keys()
-    averages = load_file(folders[0] / "ema.safetensors")
+        assert averages.keys() == held.keys()
     assert all(averages[name].dtype == torch.float32 for name in held if "lora" in name)
 
 

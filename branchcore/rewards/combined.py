@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from branchcore.rewards.scores import Reward
+from branchcore.rewards.state import stateful
 
 
 class Rewards:
@@ -48,3 +50,23 @@ class Rewards:
             single = len(part) == 1
             result |= {name if single else f"{name}/{k}": value for k, value in part.items()}
         return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the states of the rewards that have one, by name."""
+        held = {name: stateful(reward) for name, reward in self.rewards.items()}
+        return {name: part.state_dict() for name, part in held.items() if part is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Gives the rewards their states back.
+
+        Raises:
+            ValueError: others than these have one.
+        """
+        held = {name: stateful(reward) for name, reward in self.rewards.items()}
+        parts = {name: part for name, part in held.items() if part is not None}
+        if set(parts) != set(state):
+            raise ValueError(
+                f"Rewards: state must be of the rewards {sorted(parts)}, got {sorted(state)}"
+            )
+        for name, part in parts.items():
+            part.load_state_dict(state[name])

@@ -18,6 +18,7 @@ from branchcore.models.digits.pictures import sample_grid
 from branchcore.models.digits.presets import PRESETS, SIGMAS, Preset
 from branchcore.models.digits.prompts import PROMPTS
 from branchcore.models.digits.rewards import DigitsReward
+from branchcore.models.digits.weights import load_state, read_tensors
 from branchcore.recipes.recipe import Recipe
 from branchcore.trainer_config import TrainerConfig
 
@@ -25,11 +26,7 @@ GRID_PROMPTS = tuple(PROMPTS[i] for i in (0, 5, 8, 15, 19, 23, 26, 33, 38, 45, 5
 
 
 class DigitsTask:
-    """Everything a run on the embedded model needs.
-
-    Args:
-        weights: safetensors file of a trained module; None = the pretrained one.
-    """
+    """Everything a run on the embedded model needs."""
 
     prompts: Sequence[str] = PROMPTS
     presets: Mapping[str, Preset] = PRESETS
@@ -37,8 +34,8 @@ class DigitsTask:
     grid_prompts: Sequence[str] = GRID_PROMPTS
     facts: Mapping[str, Any] = {}
 
-    def __init__(self, weights: str | Path | None = None) -> None:
-        self.model: Digits = load_digits_model(weights)
+    def __init__(self) -> None:
+        self.model: Digits = load_digits_model()
         self.reward = DigitsReward()
 
     @cached_property
@@ -96,9 +93,9 @@ class DigitsSamples:
 
     def __init__(self, prompt: Sequence[str] = GRID_PROMPTS, weights: Path | None = None) -> None:
         self.prompts = prompt
-        file = None if weights is None else weights_file(weights)
-        self.heading = str(file or "base model")
-        self.task = DigitsTask(file)
+        self.task = DigitsTask()
+        found = None if weights is None else _load_weights(self.task.model, weights)
+        self.heading = str(found or "base model")
 
     def panels(self, prompts: Sequence[str], *, count: int, seed: int | None) -> dict[str, Tensor]:
         """Returns one panel (P, count, 8, 8)."""
@@ -113,15 +110,20 @@ class DigitsSamples:
         return [path]
 
 
-def weights_file(path: Path) -> Path:
-    """Returns the weights of a run or checkpoint (EMA if it has them), or the file itself."""
+def _load_weights(model: Digits, path: Path) -> Path:
+    """Gives a model the weights of a run or checkpoint (EMA if it has them), or of a file."""
     if path.is_file():
-        return path
-    folder = path if (path / "state.json").is_file() else checkpoint.latest(path)
-    if folder is None:
-        raise ValueError(f"--weights must be a run, a checkpoint or a file, got {path}")
-    average = folder / "ema.safetensors"
-    return average if average.is_file() else folder / "model.safetensors"
+        tensors = read_tensors(path)[0]
+    else:
+        folder = path if (path / "state.json").is_file() else checkpoint.latest(path)
+        if folder is None:
+            raise ValueError(f"--weights must be a run, a checkpoint or a file, got {path}")
+        checkpoint.load_state(folder)
+        held = checkpoint.read_index(folder)
+        path = folder / ("ema" if held.group("ema") else "model")
+        tensors = checkpoint.load_group(folder, path.name)
+    load_state(model.module, tensors, path)
+    return path
 
 
 def to_train(name: str, flags: Flags) -> DigitsTask:
