@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from branchcore.gradient import Statistics
 from branchcore.rewards import component_weights
@@ -28,10 +29,13 @@ def iteration_metrics(
         `reward` (weighted sum), `reward/<name>` means, `reward_std/<name>` mean std within a
         prompt, `zero_std_share` of (prompt, component) groups without spread, `ratio_dev_mean`,
         `ratio_dev_max` of |ratio - 1|, `clip_share` of trained edges, `loss`, `kl`, and the counts
-        `leaves`, `edges`, `parents`, `model_calls`.
+        `leaves`, `masked_leaves`, `edges`, `parents`, `model_calls`. Masked leaves, those without a
+        score, are in no mean or spread, and not among `leaves`.
     """
     names = batches[0].scores.names
     values = np.concatenate([b.scores.values for b in batches])
+    masked = np.concatenate([_masked(b) for b in batches])
+    values = values[~masked]
     weight = component_weights(names, reward_weights)
     spread = np.concatenate([_spread(b) for b in batches])
     ratio = torch.stack([t.double() for t in (*total.ratio, total.loss, total.kl)]).tolist()
@@ -48,6 +52,7 @@ def iteration_metrics(
         "loss": numbers["loss"],
         "kl": numbers["kl"],
         "leaves": len(values),
+        "masked_leaves": int(masked.sum()),
         "edges": int(numbers["edges"]),
         "parents": total.parents,
         "model_calls": sum(b.forest.calls for b in batches),
@@ -55,10 +60,16 @@ def iteration_metrics(
 
 
 def _spread(batch: Batch) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """(prompts, R) std of the rewards within each prompt."""
-    plan = batch.forest.plan
-    owner = plan.prompt[plan.leaf]
-    return np.stack([batch.scores.values[owner == p].std(0) for p in range(plan.num_prompts)])
+    """(prompts, R) std of the rewards within each prompt that has any."""
+    plan, there = batch.forest.plan, ~_masked(batch)
+    owner, values = plan.prompt[plan.leaf][there], batch.scores.values[there]
+    return np.stack([values[owner == p].std(0) for p in np.unique(owner)])
+
+
+def _masked(batch: Batch) -> NDArray[np.bool_]:
+    """(L,) leaves without a score."""
+    masked = batch.scores.masked
+    return np.zeros(len(batch.scores.values), dtype=bool) if masked is None else masked
 
 
 def bar_text(metrics: Mapping[str, float]) -> str:

@@ -189,11 +189,19 @@ def finish(
     iteration: int,
     reward_weights: Mapping[str, float] | None = None,
 ) -> Batch:
-    """Turns scores of grown trees into edge advantages and weights: the last part of `collect`."""
+    """Turns scores of grown trees into edge advantages and weights: the last part of `collect`.
+
+    Masked leaves weigh nothing.
+    """
     plan = grown.forest.plan
     weights = component_weights(scores.names, reward_weights)
     log_prob = grown.forest.log_prob.double().cpu().numpy()
-    credit = recipe.credit(plan, scores.values, weights, log_prob)
+    rewards = plan, scores.values, weights, log_prob
+    if scores.masked is None:
+        credit = recipe.credit(*rewards)
+    else:
+        leaf_weight = 1.0 - scores.masked
+        credit = recipe.credit(*rewards, leaf_weight=leaf_weight)  # pyright: ignore[reportCallIssue]
     weight = recipe.prune(plan, credit.value, iteration)
     return Batch(grown.forest, grown.model, scores, credit, weight, grown.uids)
 

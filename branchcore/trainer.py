@@ -27,7 +27,7 @@ from branchcore.pruning import Draw, Pruning
 from branchcore.pruning_config import PruningConfig
 from branchcore.pruning_sums import Sums
 from branchcore.recipes.recipe import Recipe
-from branchcore.rewards import Reward
+from branchcore.rewards import Reward, check_masked, patient
 from branchcore.run_folder import RunFolder, check_same, identity
 from branchcore.slow_fast import FastPath, check_fast_steps
 from branchcore.stages import Batch, Grown, accumulate
@@ -69,7 +69,7 @@ class Trainer:
         facts: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
-        self.model, self.prompts, self.reward = model, list(prompts), reward
+        self.model, self.prompts, self.reward = model, list(prompts), patient(reward, config)
         self.recipe, self.config = recipe, config
         self.evaluate, self.callbacks = evaluate, callbacks
         self.parameters = [p for p in model.module.parameters() if p.requires_grad]
@@ -180,6 +180,7 @@ class Trainer:
                     self.noise_floor = stages.noise_floor(batch, self.recipe, max_batch=limit)
                 batches.append(self.pruning.weigh(batch, draw.weight))
                 total = total.plus(self._pass(draw, batches[-1:]))
+        check_masked((batch.scores for batch in batches), config.reward_max_failed)
         return batches, total
 
     def _grow(self, plan: Plan, uids: Sequence[int], draw: Draw) -> Grown:
