@@ -9,6 +9,7 @@ Horvitz-Thompson estimate of the mean over all its leaves. Letters: M rows, L le
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from branchcore.credit import Floats, edge_values, lift
 from branchcore.plan import Plan
@@ -28,6 +29,20 @@ def edge_weight(plan: Plan, leaf_weight_L: LeafWeight) -> Floats:
         return np.ones(len(plan))
     below = lift(plan, leaf_weight_L[:, None]) / np.maximum(plan.leaves_below, 1)[:, None]
     return edge_values(plan, below)[:, 0]
+
+
+def without(leaf_weight_L: LeafWeight, masked_L: NDArray[np.bool_] | None) -> LeafWeight:
+    """Returns the weights with those of masked leaves set to 0.
+
+    The others keep theirs: nobody knows with what probability a leaf fails.
+
+    Args:
+        leaf_weight_L: of the leaves; None = 1 each.
+        masked_L: leaves without a score; None = none.
+    """
+    if masked_L is None:
+        return leaf_weight_L
+    return np.where(masked_L, 0.0, 1.0 if leaf_weight_L is None else leaf_weight_L)
 
 
 def checked(plan: Plan, leaf_weight_L: Floats) -> LeafWeight:

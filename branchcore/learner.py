@@ -28,7 +28,8 @@ from branchcore.parallel import ParallelConfig, spread
 from branchcore.plan import Plan
 from branchcore.pruning import Draw, Pruning
 from branchcore.recipes.recipe import Recipe
-from branchcore.rewards import Reward
+from branchcore.rewards import Reward, check_masked, patient
+from branchcore.rewards.failures import NoMapping, NoRetry, RewardFailure
 from branchcore.rollout import num_calls
 from branchcore.rounds import score_rounds
 from branchcore.slow_fast import FastPath, check_fast_steps
@@ -37,6 +38,8 @@ from branchcore.stopping import stopping_of
 from branchcore.trainer_config import TrainerConfig
 
 T = TypeVar("T")
+for _kind in (RewardFailure, NoRetry, NoMapping):
+    agreed(_kind)
 
 
 @agreed
@@ -74,7 +77,8 @@ class Learner:
         may_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.prompts, self.recipe, self.config = model, list(prompts), recipe, config
-        self.reward, self.stopping = stopping_of(config, recipe, reward)
+        asked = patient(reward, config, rank=ranks.rank)
+        self.reward, self.stopping = stopping_of(config, recipe, asked)
         self.ranks, self._may_stop = ranks, may_stop
         if not any(p.requires_grad for p in model.module.parameters()):
             raise ValueError("Trainer: module must have trainable parameters, got none")
@@ -170,6 +174,8 @@ class Learner:
         self.ledger.open(draw, iteration)
         batches, total = self._together(lambda: self._first_update(draw, iteration))
         self._agree_on_names(batches)
+        scores = [batch.scores for batch in batches]
+        check_masked(scores, self.config.reward_max_failed, self.ranks.sum)
         norms = [self._optimizer_step(0, iteration)]
         if start is not None:
             norms += self._fast_steps(start, draw, batches, iteration)

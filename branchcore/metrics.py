@@ -18,7 +18,7 @@ ZERO_STD = 1e-6
 
 
 _COUNTS = (
-    "leaves", "planned", "stopped", "weight", "reward", "groups", "zero_std", "parents",
+    "leaves", "masked", "planned", "stops", "weight", "reward", "groups", "zero_std", "parents",
     "model_calls", "loss", "kl", *RatioStats._fields,
 )  # fmt: skip
 
@@ -43,10 +43,11 @@ def iteration_metrics(
         `reward` (weighted sum), `reward/<name>` means, `reward_std/<name>` mean std within a
         prompt, `zero_std_share` of (prompt, component) groups without spread, `ratio_dev_mean`,
         `ratio_dev_max` of |ratio - 1|, `clip_share` of trained edges, `loss`, `kl`, and the counts
-        `leaves`, `edges`, `parents`, `model_calls`. Where branches may be stopped, `stopped_share`
-        of the planned leaves; the others are what `leaves` counts, and rewards and their spread are
-        means weighted by `Batch.leaf_weight`: plain means of survivors would be too good. They are
-        NaN if no leaf is left.
+        `leaves`, `masked_leaves`, `edges`, `parents`, `model_calls`. Where branches may be stopped,
+        `stopped_share` of the planned leaves. Leaves that are neither stopped nor masked, which is
+        without a score, are what `leaves` counts, and rewards and their spread are means weighted
+        by `Batch.leaf_weight`: plain means of survivors would be too good. They are NaN if no leaf
+        is left.
     """
     names = batches[0].scores.names if names is None else names
     rows = stack(_sums(batches, total, component_weights(names, reward_weights)))
@@ -58,7 +59,7 @@ def iteration_metrics(
     metrics = {"reward": counts["reward"] / weight}
     metrics |= {f"reward/{n}": float(v) for n, v in zip(names, means / weight, strict=True)}
     metrics |= {f"reward_std/{n}": float(v) for n, v in zip(names, spreads / groups, strict=True)}
-    gone = 1.0 - counts["leaves"] / max(counts["planned"], 1.0)
+    gone = 1.0 - (counts["leaves"] + counts["masked"]) / max(counts["planned"], 1.0)
     return metrics | {
         "zero_std_share": counts["zero_std"] / groups / len(names),
         "ratio_dev_mean": counts["sum_abs_dev"] / edges,
@@ -67,7 +68,8 @@ def iteration_metrics(
         "loss": counts["loss"],
         "kl": counts["kl"],
         "leaves": int(counts["leaves"]),
-        **({"stopped_share": gone} if counts["stopped"] else {}),
+        "masked_leaves": int(counts["masked"]),
+        **({"stopped_share": gone} if counts["stops"] else {}),
         "edges": int(counts["edges"]),
         "parents": int(counts["parents"]),
         "model_calls": int(counts["model_calls"]),
@@ -92,7 +94,11 @@ def _sums(batches: Sequence[Batch], total: Statistics, reward_weight_R: Floats) 
         counts["weight"] += float(weight_L.sum())
         counts["leaves"] += len(found)
         counts["planned"] += len(weight_L)
-        counts["stopped"] += batch.leaf_weight is not None
+        masked = batch.scores.masked
+        counts["masked"] += 0 if masked is None else int(masked.sum())
+        # without stopping masked leaves weigh 0, the others 1
+        weighed = masked is None or bool((weight_L != 1.0 - masked).any())
+        counts["stops"] += batch.leaf_weight is not None and weighed
         counts["groups"] += len(spread)
         counts["zero_std"] += int((spread < ZERO_STD).sum())
         counts["model_calls"] += batch.forest.calls

@@ -16,6 +16,7 @@ from branchcore.trainer_config import TrainerConfig
 
 _FREE_TO_CHANGE = (
     "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "overlap_rewards",
+    "reward_attempts", "reward_timeout",
 )  # fmt: skip
 
 

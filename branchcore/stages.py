@@ -17,7 +17,7 @@ from torch import Tensor
 from branchcore.credit import EdgeCredit, Floats
 from branchcore.forest import Forest
 from branchcore.gradient import Anchor, Statistics, gradient, log_ratio_floor
-from branchcore.leaf_weights import LeafWeight, edge_weight
+from branchcore.leaf_weights import LeafWeight, edge_weight, without
 from branchcore.model import Model, VelocityModel, decoded
 from branchcore.noise import host_generator
 from branchcore.objective import ClippedRatio
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     forest: Forest
     model: VelocityModel
     scores: Scores
-    """Of all the plan's leaves, NaN where a branch was stopped."""
+    """Of all the plan's leaves, NaN where a branch was stopped or a leaf is masked."""
     credit: EdgeCredit
     """Advantages and value of every edge."""
     weight: Floats
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
     uids: tuple[int, ...] = ()
     """(P,) global sample positions of the plan's prompts."""
     leaf_weight: LeafWeight = None
-    """Of the statistics, where branches may be stopped."""
+    """Of the statistics, where branches may be stopped or leaves are masked."""
 
 
 def prompt_indices(num_prompts: int, batch: int, *, seed: int, iteration: int) -> Ints:
@@ -208,12 +208,10 @@ def finish(
 
 
 def scored_batch(grown: Grown, scores: Scores) -> Batch:
-    """Returns a batch without credit: scores of all leaves, NaN where a branch was stopped."""
-    plan, leaf_weight = grown.forest.plan, grown.leaf_weight
-    if leaf_weight is not None:
-        values = np.full((len(leaf_weight), len(scores.names)), np.nan)
-        values[grown.forest.alive[plan.leaf]] = scores.values
-        scores = Scores(scores.names, values)
+    """Returns a batch without credit: scores of all leaves, NaN where there is none."""
+    plan = grown.forest.plan
+    scores = scores.among(grown.forest.alive[plan.leaf])
+    leaf_weight = without(grown.leaf_weight, scores.masked)
     nothing = EdgeCredit(np.zeros((len(plan), 2)), np.zeros(len(plan)))
     weight = edge_weight(plan, leaf_weight)
     return Batch(grown.forest, grown.model, scores, nothing, weight, grown.uids, leaf_weight)
@@ -228,8 +226,8 @@ def credited(
 ) -> Batch:
     """Returns a scored batch with edge advantages and weights.
 
-    An edge's weight is the recipe's pruner's times, where branches were stopped, the mean weight of
-    the leaves below it.
+    An edge's weight is the recipe's pruner's times, where branches were stopped or leaves are
+    masked, the mean weight of the leaves below it.
     """
     plan, scores = batch.forest.plan, batch.scores
     weights = component_weights(scores.names, reward_weights)

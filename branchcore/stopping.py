@@ -1,7 +1,8 @@
 """Stopping branches inside the rollout: previews, keep probabilities, coins, weights of leaves.
 
 At a checkpoint every branch shows x0 = x - sigma v, the Euler edge to sigma 0 with the velocity it
-has just got; previews are decoded, scored by the run's reward and standardised per prompt. A branch
+has just got; previews are decoded, scored by the run's reward and standardised per prompt (one that
+could not be scored counts as an average one). A branch
 of c leaves and score z that got here with probability q goes on with the p of the least added
 variance, sum (1/p - 1) (c z / q)^2, for a share 1 - rate of the leaves; what stops is not grown,
 decoded or scored. Leaves weigh 1 / product of p.
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from branchcore.credit import Floats, standardize
 from branchcore.forest import Stop, stoppable
+from branchcore.leaf_weights import without
 from branchcore.model import Model, decoded
 from branchcore.noise import STOPPING_LANE
 from branchcore.plan import Ints, Plan
@@ -131,8 +133,12 @@ class Previews:
         scores = score(run.reward, decoded(self.model, x0, self.max_batch), texts)
         self.components = scores.names
         weights = component_weights(scores.names, run.reward_weights)
-        z = standardize(scores.values, plan.prompt[nodes].astype(np.int64), ddof=0) @ weights
-        p = self._probability(nodes, np.abs(z))
+        known = without(None, scores.masked)
+        owner = plan.prompt[nodes].astype(np.int64)
+        size = np.abs(standardize(scores.values, owner, ddof=0, weight_n=known) @ weights)
+        if scores.masked is not None:
+            size[scores.masked] = size[~scores.masked].mean()
+        p = self._probability(nodes, size)
         where = {"seed": run.seed, "iteration": self.iteration, "lane": STOPPING_LANE}
         kept = bernoulli(p, node_coins(plan, nodes, self.uids, **where))
         self.probability[nodes] = p

@@ -56,6 +56,13 @@ class TrainerConfig:
     """Weight per reward component; None = 1 each."""
     overlap_rewards: bool = False
     """Score a round while the next one is grown: same bits, but two rounds' tapes in memory."""
+    reward_attempts: int = 3
+    """Calls of a reward that fails, with growing pauses between them; see `rewards.Retrying`."""
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward may take; None = as long as the reward itself allows."""
+    reward_max_failed: float = 0.0
+    """Share of an iteration's leaves that may stay without a score and take no part; above it, and
+    at 0 whatever fails, is an error."""
     checkpoint_every: int = 20
     """Iterations between checkpoints."""
     keep_checkpoints: int = 2
@@ -100,7 +107,9 @@ class TrainerConfig:
 
 
 _MOST, _TINY = 2**31 - 1, 1e-30
-_OPTIONAL = ("prompts_per_round", "max_batch", "max_tokens", "tape", "ema_decay")
+_OPTIONAL = (
+    "prompts_per_round", "max_batch", "max_tokens", "tape", "ema_decay", "reward_timeout",
+)  # fmt: skip
 _RANGES: dict[str, tuple[type, float, float]] = {
     "iterations": (int, 1, _MOST),
     "prompts_per_iteration": (int, 1, _MOST),
@@ -118,6 +127,9 @@ _RANGES: dict[str, tuple[type, float, float]] = {
     "bad_updates": (int, 0, _MOST),
     "fast_share": (float, 0.0, 1.0),
     "fast_limit": (float, 0.0, float("inf")),
+    "reward_attempts": (int, 1, _MOST),
+    "reward_timeout": (float, 1e-3, 1e9),
+    "reward_max_failed": (float, 0.0, 1.0 - 1e-9),
     "checkpoint_every": (int, 1, _MOST),
     "keep_checkpoints": (int, 1, _MOST),
     "evaluate_every": (int, 1, _MOST),

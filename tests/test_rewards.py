@@ -341,7 +341,20 @@ def test_rewards_by_name(folders):
         ("subprocess=scorer", ValueError, "factory must be 'module:function' or .*got 'scorer'"),
         ("subprocess=no.py:make", OSError, "factory must be in a file, got no.py"),
         ("subprocess=a:b,python=/no/py", OSError, "python must be a program, got /no/py"),
-        ("subprocess=a:b,timeout=soon", ValueError, "timeout and retries .* must be numbers"),
+        (
+            "subprocess=a:b,timeout=soon",
+            ValueError,
+            "timeout of subprocess must be a number",
+        ),
+        ("subprocess=a:b,retries=2", ValueError, "must be python, timeout, name, got 'retries=2'"),
+        ("http://", ValueError, "url must be http://host"),
+        ("http://h/x,timeout=0", ValueError, "timeout_s must be positive and finite, got 0.0"),
+        ("http://h/x,dtype=bf16", ValueError, "dtype must be one of float32, uint8, got 'bf16'"),
+        (
+            ["http://h/a", "http://h/b"],
+            ValueError,
+            "each once, got .*http', 'http'",
+        ),
     ],
 )
 def test_wrong_names_are_told_before_anything_is_loaded(

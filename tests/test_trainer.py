@@ -274,7 +274,8 @@ def failing(kind):
 )
 def test_a_broken_reward_stops_before_any_weight_changes(toy, tmp_path, kind, error, message):
     before = torch.cat([p.detach().flatten() for p in toy(torch.float32).module.parameters()])
-    trainer = Trainer(toy(torch.float32), PROMPTS, failing(kind), mix(), CONFIG, tmp_path / "run")
+    config = dataclasses.replace(CONFIG, reward_attempts=1)
+    trainer = Trainer(toy(torch.float32), PROMPTS, failing(kind), mix(), config, tmp_path / "run")
     with pytest.raises(error, match=message):
         trainer.run()
     assert torch.equal(weights(trainer), before)
@@ -283,7 +284,7 @@ def test_a_broken_reward_stops_before_any_weight_changes(toy, tmp_path, kind, er
 
 def test_a_failed_iteration_leaves_no_gradient_behind(toy, tmp_path):
     """The reward fails in the second round; the iteration done again equals one never failed."""
-    config = dataclasses.replace(CONFIG, prompts_per_round=1, iterations=1)
+    config = dataclasses.replace(CONFIG, prompts_per_round=1, iterations=1, reward_attempts=1)
     calls = []
 
     def second_fails(images, prompts):

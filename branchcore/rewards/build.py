@@ -8,11 +8,13 @@ A spec is `NAME[=VALUE][,OPTION=VALUE]...`:
     imagereward=PATH  ImageReward                  option device
     jpeg              -kB as a JPEG
     jpeg_incompressibility
-    subprocess=module:function                     options python, timeout, retries, name
+    subprocess=module:function                     options python, timeout, name
+    http://HOST:PORT/PATH, https://...             options timeout, dtype, name; a comma is %2C
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ import torch
 from branchcore.rewards.clip import ClipScore, check_clip
 from branchcore.rewards.combined import Rewards
 from branchcore.rewards.hpsv2 import HPSv2
+from branchcore.rewards.http_reward import DTYPES, HttpReward
 from branchcore.rewards.imagereward import ImageReward, check_imagereward
 from branchcore.rewards.jpeg import JpegCompressibility
 from branchcore.rewards.pickscore import PickScore
@@ -34,7 +37,8 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "imagereward": ("device",),
     "jpeg": (),
     "jpeg_incompressibility": (),
-    "subprocess": ("python", "timeout", "retries", "name"),
+    "subprocess": ("python", "timeout", "name"),
+    "http": ("timeout", "dtype", "name"),
 }
 _WITHOUT_VALUE = ("jpeg", "jpeg_incompressibility")
 
@@ -75,7 +79,7 @@ def build(
     if not names or len(set(names)) < len(names):
         raise ValueError(
             f"rewards: specs must name one reward or more, each once, got {names}; "
-            "try the option name of subprocess"
+            "try the option name of subprocess and http"
         )
     for spec in parsed:
         _check(spec)
@@ -83,9 +87,19 @@ def build(
     return made[names[0]] if len(made) == 1 else Rewards(made)
 
 
+def kind_of(spec: str) -> str:
+    """Returns what a spec is of, whatever its value and options; a URL's host may change.
+
+    Raises:
+        ValueError: an unknown or malformed one.
+    """
+    return _parsed(spec).kind
+
+
 def _parsed(text: str) -> _Spec:
     first, *rest = text.split(",")
-    kind, _, value = first.partition("=")
+    is_url = re.match(r"https?://", first) is not None
+    kind, _, value = ("http", "", first) if is_url else first.partition("=")
     if kind not in _OPTIONS:
         raise ValueError(f"rewards: name must be one of {', '.join(_OPTIONS)}, got {kind!r}")
     if bool(value) == (kind in _WITHOUT_VALUE):
@@ -108,7 +122,9 @@ def _check(spec: _Spec) -> None:
         check_imagereward(spec.value)
     elif spec.kind == "subprocess":
         check_subprocess(spec.value, [spec.options.get("python", sys.executable)])
-        _numbers(spec)
+        _limits(spec)
+    elif spec.kind == "http":
+        _http(spec)
 
 
 def _made(
@@ -130,24 +146,24 @@ def _made(
         return SubprocessReward(
             spec.value,
             python=spec.options.get("python", sys.executable),
-            **_numbers(spec),
+            **_limits(spec),
         )
+    if spec.kind == "http":
+        return _http(spec)
     return JpegCompressibility(incompressibility=spec.kind != "jpeg", frames=frames)
 
 
-def _numbers(spec: _Spec) -> dict[str, Any]:
-    """Returns the limits that a subprocess is given; it has defaults of its own."""
-    kinds: dict[str, tuple[str, type]] = {
-        "timeout": ("timeout_s", float),
-        "retries": ("retries", int),
-    }
+def _http(spec: _Spec) -> HttpReward:
+    return HttpReward(spec.value, dtype=spec.options.get("dtype", DTYPES[0]), **_limits(spec))
+
+
+def _limits(spec: _Spec) -> dict[str, Any]:
+    """Returns the time limit that a spec names; the reward has a default of its own."""
+    if "timeout" not in spec.options:
+        return {}
     try:
-        return {
-            argument: kind(spec.options[name])
-            for name, (argument, kind) in kinds.items()
-            if name in spec.options
-        }
+        return {"timeout_s": float(spec.options["timeout"])}
     except ValueError as error:
         raise ValueError(
-            f"rewards: timeout and retries of {spec.kind} must be numbers, got {spec.options}"
+            f"rewards: timeout of {spec.kind} must be a number of seconds, got {spec.options}"
         ) from error

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from branchcore.rewards.scores import Reward
+from branchcore.rewards.failures import NoMapping
+from branchcore.rewards.scores import Partial, Reward
 from branchcore.rewards.state import stateful
 
 
@@ -34,22 +36,25 @@ class Rewards:
             )
 
     def __call__(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """Returns the components of all rewards.
+        """Returns the components of all rewards; a leaf that one of them masks is masked in all.
 
         Raises:
             TypeError: a reward returned something else than a mapping with components.
         """
         result: dict[str, Tensor] = {}
+        masked, because = np.zeros(len(images), dtype=bool), ""
         for name, reward in self.rewards.items():
             part = reward(images, prompts)
             if not isinstance(part, Mapping) or not part:  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(
+                raise NoMapping(
                     f"Rewards: {name} must return a mapping of components, "
                     f"got {type(part).__name__}"
                 )
+            if isinstance(part, Partial):
+                masked, because = masked | part.masked, part.because
             single = len(part) == 1
             result |= {name if single else f"{name}/{k}": value for k, value in part.items()}
-        return result
+        return Partial(result, masked, because) if because else result
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of the rewards that have one, by name."""

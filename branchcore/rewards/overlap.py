@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from threading import Lock
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
+from branchcore.rewards import waiting
 from branchcore.rewards.scores import Reward, Scores, score
 
 
@@ -30,18 +31,22 @@ class OneAtATime:
 
 
 class Scoring:
-    """Scores on their way; leaving its block waits for the thread, whatever happened there."""
+    """Scores on their way; leaving its block waits for the thread, whatever happened there.
+
+    Left by an exception, the block ends what can be ended first: pauses and further tries of a
+    `Retrying`, calls that it times, workers.
+    """
 
     def __init__(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="branchcore-reward")
-        if torch.cuda.is_initialized():
-            # A new thread starts on the first GPU, whatever this one has chosen.
-            self._executor.submit(torch.cuda.set_device, torch.cuda.current_device())
-        self._future = self._executor.submit(score, reward, images, prompts)
+        self._executor.submit(waiting.same_gpu())
+        self._scope = waiting.Scope()
+        work = partial(score, reward, images, prompts)
+        self._future = self._executor.submit(self._scope.run, work)
 
     def result(self) -> Scores:
         """Waits for the thread to end and returns what `score` does, or raises what it raises."""
-        self._executor.shutdown()
+        self._wait()
         return self._future.result()
 
     def __enter__(self) -> Scoring:
@@ -53,6 +58,13 @@ class Scoring:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:
+            self._scope.end()
+        self._wait()
+
+    def _wait(self) -> None:
+        # a signal that ends the join of a thread makes Python take that thread for ended
+        wait([self._future])
         self._executor.shutdown()
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from branchcore.rewards import worker
+from branchcore.rewards import waiting, worker
+from branchcore.rewards.failures import NoRetry
 from branchcore.rewards.worker_process import WorkerFailure, WorkerProcess
 
 
@@ -25,10 +25,10 @@ class SubprocessReward:
     """Calls a reward that lives in a worker process; the worker stays between calls.
 
     The worker calls `factory(**options)` once, which returns `reward(images, prompts) ->
-    {component: (N,) numbers}`. It gets CPU tensors of the dtype they have here. A try fails when
+    {component: (N,) numbers}`. It gets CPU tensors of the dtype they have here. A call fails when
     the worker dies (an exception in the reward ends it, too), exceeds its time or answers with
-    something else; it is then killed, and a new one gets the same images. The worker's standard
-    output and error both appear on this process's standard error.
+    something else; it is then killed, and the next call starts a new one: `Retrying` makes it. The
+    worker's standard output and error both appear on this process's standard error.
 
     Args:
         factory: "module:function", the module found from the current folder or in the worker's
@@ -38,9 +38,7 @@ class SubprocessReward:
         options: keyword arguments of the factory, anything JSON has.
         env: added to the environment, such as {"CUDA_VISIBLE_DEVICES": "1"}.
         start_timeout_s: for importing packages and making the scorer.
-        timeout_s: for one try of one call.
-        retries: tries after the first, each with a new worker.
-        backoff_s: pause before the first retry; each further pause is twice as long.
+        timeout_s: for one call, without the start of a new worker.
 
     Raises:
         ValueError: a malformed argument.
@@ -57,19 +55,13 @@ class SubprocessReward:
         env: Mapping[str, str] | None = None,
         start_timeout_s: float = 300.0,
         timeout_s: float = 300.0,
-        retries: int = 2,
-        backoff_s: float = 1.0,
     ) -> None:
         python = [python] if isinstance(python, str) else list(python)
         check_subprocess(factory, python)
         for name, value in (("start_timeout_s", start_timeout_s), ("timeout_s", timeout_s)):
             if not value > 0.0:
                 raise ValueError(f"SubprocessReward: {name} must be positive, got {value}")
-        if retries < 0 or backoff_s < 0.0:
-            raise ValueError(
-                f"SubprocessReward: retries and backoff_s must be >= 0, got {retries}, {backoff_s}"
-            )
-        self.factory, self.retries, self.backoff_s = factory, retries, backoff_s
+        self.factory = factory
         self.start_timeout_s, self.timeout_s = start_timeout_s, timeout_s
         self._command = [*python, worker.__file__, factory, json.dumps(dict(options or {}))]
         self._env = dict(env or {})
@@ -86,13 +78,18 @@ class SubprocessReward:
         """Returns the components, (N,) fp32 on the CPU.
 
         Raises:
-            RuntimeError: no try succeeded.
-            ValueError: the reward returned another number of scores, or none.
+            RuntimeError: the worker died, was late or answered with something else.
+            NoRetry: the reward returned another number of scores, or none.
+            Cancelled: nobody waits for the scores any more; the worker is killed.
         """
+        return self.within(images, prompts, self.timeout_s)
+
+    def within(self, images: Tensor, prompts: list[str], timeout_s: float) -> dict[str, Tensor]:
+        """Calls the reward with a time limit besides its own; see `__call__`."""
         body = save({"images": images.detach().cpu().contiguous()})
         request = worker.message({"prompts": list(prompts)}, body)
         with self._lock:
-            header, answer = self._tried(request, len(images))
+            header, answer = self._exchanged(request, min(timeout_s, self.timeout_s), len(images))
         return self._columns(header, answer, len(images))
 
     def close(self) -> None:
@@ -122,26 +119,24 @@ class SubprocessReward:
             raise
         return new
 
-    def _tried(self, request: bytes, count: int) -> tuple[dict[str, Any], bytes]:
-        for failures in range(self.retries + 1):
-            try:
-                if self._worker is None:
-                    self._worker = self._started()
-                return self._worker.exchange(request, self.timeout_s)
-            except BaseException as error:
-                # an answer that is late belongs to no later call, so the worker goes in any case
-                if self._worker is not None:
-                    self._worker.end(at_once=True)
-                self._worker = None
-                if not isinstance(error, WorkerFailure):
-                    raise
-                if failures == self.retries:
-                    raise RuntimeError(
-                        f"SubprocessReward: {self.factory} must score {count} images "
-                        f"(tries: {self.retries + 1}), but {error}"
-                    ) from error
-            time.sleep(self.backoff_s * 2**failures)
-        raise AssertionError("unreachable")
+    def _exchanged(
+        self, request: bytes, timeout_s: float, count: int
+    ) -> tuple[dict[str, Any], bytes]:
+        try:
+            if self._worker is None:
+                self._worker = self._started()
+            return self._worker.exchange(request, timeout_s)
+        except BaseException as error:
+            # an answer that is late belongs to no later call, so the worker goes in any case
+            if self._worker is not None:
+                self._worker.end(at_once=True)
+            self._worker = None
+            if not isinstance(error, WorkerFailure):
+                raise
+            waiting.check()
+            raise RuntimeError(
+                f"SubprocessReward: {self.factory} must score {count} images, but {error}"
+            ) from error
 
     def _columns(self, header: Mapping[str, Any], body: bytes, count: int) -> dict[str, Tensor]:
         try:
@@ -152,12 +147,12 @@ class SubprocessReward:
             ) from error
         names = header.get("names")
         if not names or set(names) != set(tensors):
-            raise ValueError(
+            raise NoRetry(
                 f"SubprocessReward: {self.factory} must return a mapping of components, got {names}"
             )
         for name in names:
             if tuple(tensors[name].shape) != (count,) or tensors[name].dtype != torch.float32:
-                raise ValueError(
+                raise NoRetry(
                     f"SubprocessReward: {self.factory} must return ({count},) numbers for {name}, "
                     f"one per image, got {tuple(tensors[name].shape)}"
                 )

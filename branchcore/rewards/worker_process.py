@@ -11,14 +11,18 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from threading import Thread
 from typing import IO, Any
 
 from branchcore.rewards import worker
+from branchcore.rewards.waiting import ended_by
 
 _TAIL_LINES = 15
 _GRACE_S = 5.0
 _CHUNK = 2**20
+_LOOK_S = 0.5
 
 
 class WorkerFailure(RuntimeError):
@@ -63,7 +67,12 @@ class WorkerProcess:
 
         Raises:
             WorkerFailure: there was none within the time.
+            Cancelled: nobody waits for it any more.
         """
+        with ended_by(partial(_kill, self._process)):
+            return self._exchanged(request, timeout_s)
+
+    def _exchanged(self, request: bytes, timeout_s: float) -> tuple[dict[str, Any], bytes]:
         deadline = time.monotonic() + timeout_s
         unsent, received = memoryview(request), bytearray()
         with selectors.DefaultSelector() as selector:
@@ -71,7 +80,11 @@ class WorkerProcess:
             if unsent:
                 selector.register(self._stdin, selectors.EVENT_WRITE)
             while (left := deadline - time.monotonic()) > 0.0:
-                for key, _ in selector.select(left):
+                ready = selector.select(min(left, _LOOK_S))
+                # what a dead worker leaves behind may keep its output open
+                if not ready and self._process.poll() is not None:
+                    raise self._death()
+                for key, _ in ready:
                     if key.fileobj is self._stdin:
                         unsent = unsent[self._write(unsent) :]
                         if not unsent:
@@ -88,7 +101,7 @@ class WorkerProcess:
 
     def end(self, *, at_once: bool = False) -> None:
         """Ends the process and waits for it; an idle worker goes by itself when its input ends."""
-        if at_once and self._process.poll() is None:
+        if at_once:
             _kill(self._process)
         self._end()
 
@@ -127,7 +140,9 @@ def _pass_on(pipe: IO[bytes], tail: deque[str]) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    """Kills the worker's group, be it that only its children are left."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[bytes], reader: Thread) -> None:

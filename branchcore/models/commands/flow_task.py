@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,7 +25,7 @@ from branchcore.models.sampling import STEPS, sample
 from branchcore.models.sizing.memory import bytes_of, plan_memory
 from branchcore.prompt_files import read_prompts
 from branchcore.recipes.recipe import Recipe
-from branchcore.rewards import Reward, component_weights, score
+from branchcore.rewards import Reward, component_weights, kind_of, patient, score
 from branchcore.schedule import shifted_linear
 from branchcore.trainer_config import TrainerConfig
 
@@ -158,7 +159,7 @@ class FlowTask:
             **weights.facts(self.model),
             **self.pipeline.facts,
             **{name: getattr(self.flags, name) for name in MEASURED},
-            "rewards": [spec.partition("=")[0] for spec in self.flags.reward],
+            "rewards": [kind_of(spec) for spec in self.flags.reward],
             "reward_frames": self.reward_frames,
         }
 
@@ -192,8 +193,9 @@ class FlowTask:
         if flags.memory is not None and any(getattr(config, k) != DEFAULTS[k] for k in PLANNED):
             raise ValueError(f"--memory must come without --set of {PLANNED}, which it chooses")
         device = self.pipeline.device
-        self.reward = rewards.build(flags.reward, device=device, frames=self.reward_frames)
-        self._try_reward(config)
+        reward = rewards.build(flags.reward, device=device, frames=self.reward_frames)
+        self._try_reward(reward, config)
+        self.reward = patient(reward, config)
         taken = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.model = model = self.pipeline.load()
         if flags.full:
@@ -218,10 +220,10 @@ class FlowTask:
             return Loaded(recipes.preset_of(recipe.name, flags.preset).sigmas, config, notes)
         return Loaded(model.sigmas(self.num_steps), config, notes)
 
-    def _try_reward(self, config: TrainerConfig) -> None:
+    def _try_reward(self, reward: Reward, config: TrainerConfig) -> None:
         """Scores noise: what is wrong with a reward is said before the model is loaded."""
         noise = torch.rand(2, *self.pipeline.shape, generator=torch.Generator().manual_seed(0))
-        names = score(self.reward, noise.to(self.pipeline.device), self.prompts[:1] * 2).names
+        names = score(reward, noise.to(self.pipeline.device), self.prompts[:1] * 2).names
         component_weights(names, config.reward_weights)
 
     def _accelerate(self) -> list[str]:
@@ -259,7 +261,7 @@ class FlowTask:
         self._undrawn.append(images)
         texts = [text for text in self.grid_prompts for _ in range(flags.eval_count)]
         scores = score(self.reward, images.flatten(0, 1), texts)
-        means = scores.values.mean(0)
+        means = np.nanmean(scores.values, axis=0)  # masked samples are NaN
         chosen = component_weights(scores.names, config.reward_weights)
         parts = dict(zip(scores.names, means.tolist(), strict=True))
         return {"reward": float(means @ chosen), **parts}
