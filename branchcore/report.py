@@ -36,6 +36,11 @@ def tape_of(recipe: Recipe, plan: Plan) -> Tape:
     return Tape(covered, plan.counts().trained_parents)
 
 
+def asks_reference(recipe: Recipe) -> bool:
+    """Tells whether every trained pass needs a forward of the reference policy."""
+    return recipe.objective.kl > 0.0 or recipe.objective.anchor == "reference"
+
+
 def other_forwards(recipe: Recipe, plan: Plan, trained: int) -> int:
     """Returns forwards without a gradient beside the rollout's own.
 
@@ -48,10 +53,9 @@ def other_forwards(recipe: Recipe, plan: Plan, trained: int) -> int:
         trained: passes with a gradient, parents or edges.
     """
     objective = recipe.objective
-    against = objective.kl > 0.0 or objective.anchor == "reference"
     asked = plan.train & plan.matching & ((plan.update > 0) | (recipe.sampler_decay is not None))
     old = int(asked.sum()) if objective.anchor == "policy" else 0
-    return old + (trained if against else 0)
+    return old + (trained if asks_reference(recipe) else 0)
 
 
 class Work(NamedTuple):

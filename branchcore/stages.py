@@ -5,7 +5,6 @@ A foreign trainer calls these alone; `trainer.Trainer` is the shortest complete 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from branchcore.clock import Clock, untimed
 from branchcore.credit import EdgeCredit, Floats
 from branchcore.forest import Forest
 from branchcore.gradient import Anchor, Statistics, gradient, log_ratio_floor
@@ -151,30 +151,32 @@ def grow(
     off_tape: NDArray[np.bool_] | None = None,
     masked_backward: bool = False,
     device: torch.device | str = "cpu",
+    clock: Clock = untimed,
 ) -> Grown:
     """Grows and decodes the trees of some prompts: the first part of `collect`, which has the rest.
 
-    `off_tape` and `masked_backward` are those of `rollout`.
+    `off_tape` and `masked_backward` are those of `rollout`; the stages are rollout and decode.
 
     Raises:
         FloatingPointError: the model returned NaN or Inf.
     """
     check_groups(plan, recipe.objective.together, max_batch)
     view = model.with_prompts(prompts)
-    forest = rollout(
-        plan,
-        view,
-        uids,
-        seed=seed,
-        iteration=iteration,
-        tape=len(plan) if tape is None else tape,
-        max_batch=max_batch,
-        keep_velocity=keep_velocity if recipe.objective.anchor == "policy" else False,
-        off_tape=off_tape,
-        masked_backward=masked_backward,
-        device=device,
-    )
-    with torch.no_grad():
+    with clock("rollout"):
+        forest = rollout(
+            plan,
+            view,
+            uids,
+            seed=seed,
+            iteration=iteration,
+            tape=len(plan) if tape is None else tape,
+            max_batch=max_batch,
+            keep_velocity=keep_velocity if recipe.objective.anchor == "policy" else False,
+            off_tape=off_tape,
+            masked_backward=masked_backward,
+            device=device,
+        )
+    with clock("decode"), torch.no_grad():
         latents = forest.leaves.view(-1, *model.latent_shape)
         images = torch.cat([model.decode(x) for x in latents.split(max_batch or len(latents))])
     texts = [str(prompts[int(i)]) for i in plan.prompt[plan.leaf]]
@@ -204,6 +206,7 @@ def score_rounds(
     finish_round: Callable[[Grown, Scores], Batch],
     *,
     overlap: bool,
+    clock: Clock = untimed,
 ) -> Generator[Batch]:
     """Scores rounds one after the other, with the same scores whether overlapped or not.
 
@@ -213,20 +216,24 @@ def score_rounds(
         finish_round: `finish`, with all but its first two arguments.
         overlap: score in a thread, while the next round is grown and the batch of the one before is
             used: two rounds are alive at a time. Close the iterator to wait for that thread.
+        clock: times the stage reward, which with overlap is the wait for the thread.
 
     Raises:
         RuntimeError, ValueError, TypeError: the reward failed; no thread is left.
     """
     if not overlap:
         for grown in rounds:
-            batch = finish_round(grown, score(reward, grown.images, grown.prompts))
+            with clock("reward"):
+                scores = score(reward, grown.images, grown.prompts)
+            batch = finish_round(grown, scores)
             del grown  # images are not to live as long as the batch is used
             yield batch
         return
     last: tuple[Grown, Scoring] | None = None
     with ExitStack() as threads:
         for grown in rounds:
-            scores = None if last is None else last[1].result()
+            with clock("reward"):
+                scores = None if last is None else last[1].result()
             scoring = threads.enter_context(score_async(reward, grown.images, grown.prompts))
             batch = None if last is None or scores is None else finish_round(last[0], scores)
             last = grown, scoring
@@ -234,7 +241,9 @@ def score_rounds(
             if batch is not None:
                 yield batch
         if last is not None:
-            batch = finish_round(last[0], last[1].result())
+            with clock("reward"):
+                scores = last[1].result()
+            batch = finish_round(last[0], scores)
             del last
             yield batch
 
@@ -265,7 +274,7 @@ def accumulate(
 
 
 def noise_floor(batch: Batch, recipe: Recipe, *, max_batch: int | None = None) -> float | None:
-    """Measures |log ratio| of unchanged weights; warns if the clip range is below it.
+    """Measures |log ratio| of unchanged weights; a clip range below it clips at random.
 
     Args:
         batch: collected with the weights as they are now.
@@ -278,12 +287,4 @@ def noise_floor(batch: Batch, recipe: Recipe, *, max_batch: int | None = None) -
     objective = recipe.objective
     if batch.forest.velocity is None or not isinstance(objective, ClippedRatio):
         return None
-    floor = log_ratio_floor(batch.forest, batch.model, objective, max_batch=max_batch)
-    if floor > min(objective.clip):
-        warnings.warn(
-            f"noise_floor: the clip range must exceed the noise floor of the log ratio, got clip "
-            f"{min(objective.clip):g} below {floor:.1e} (unchanged weights at another batch "
-            "shape); try a larger clip or updates=1",
-            stacklevel=2,
-        )
-    return floor
+    return log_ratio_floor(batch.forest, batch.model, objective, max_batch=max_batch)

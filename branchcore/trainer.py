@@ -17,12 +17,14 @@ import torch
 from tqdm import tqdm
 
 from branchcore import checkpoint, stages
+from branchcore.advice import Advice, clip_of
 from branchcore.ema import Ema
 from branchcore.gradient import Statistics
 from branchcore.masters import Masters
 from branchcore.metrics import bar_text, iteration_metrics
 from branchcore.model import Model
 from branchcore.plan import Plan
+from branchcore.plots import read_metrics
 from branchcore.pruning import Draw, Pruning
 from branchcore.pruning_config import PruningConfig
 from branchcore.pruning_sums import Sums
@@ -32,6 +34,7 @@ from branchcore.run_folder import RunFolder, check_same, identity
 from branchcore.slow_fast import FastPath, check_fast_steps
 from branchcore.stages import Batch, Grown, accumulate
 from branchcore.trainer_config import TrainerConfig
+from branchcore.watch import Watch, timed
 
 Metrics = dict[str, Any]
 
@@ -91,6 +94,7 @@ class Trainer:
         self.sampler = None if recipe.sampler_decay is None else average(0.0, starts_as_copy=True)
         both = (("ema", self.ema), ("sampler", self.sampler))
         self._averages = {name: kept for name, kept in both if kept is not None}
+        self.watch, self.advice = Watch(self.device, recipe), Advice(clip_of(recipe.objective))
         self.iteration, self.cpu_s, self.kept = 0, 0.0, Sums()
         self.noise_floor: float | None = None
         self.folder = RunFolder(
@@ -100,19 +104,23 @@ class Trainer:
         if newest is not None:
             self._restore(newest)
         self.folder.forget_after(self.iteration)
+        if self.iteration:
+            self.advice.replay(read_metrics(self.folder.log_path))
 
     def run(self) -> None:
         """Trains to the configured number of iterations."""
         todo = range(self.iteration, self.config.iterations)
         first: Metrics = {}
+        self.watch.begin()
         if self.iteration == 0 and self.evaluate is not None:
-            first = {"iteration": 0, **self._evaluation()}
+            first = {"iteration": 0, **self._evaluation(), **self.watch.row()}
         with tqdm(todo, initial=self.iteration, total=self.config.iterations, unit="it") as bar:
             for _ in bar:
-                metrics = self.step()
+                metrics = self._iterate()
                 last = self.iteration == self.config.iterations
                 if self.evaluate and (last or self.iteration % self.config.evaluate_every == 0):
                     metrics |= self._evaluation()
+                metrics |= self.watch.row()
                 if first:
                     self._log(first)
                     first = {}
@@ -123,16 +131,17 @@ class Trainer:
 
     def step(self) -> Metrics:
         """Runs one iteration and returns its metrics."""
-        cpu, wall = time.process_time(), time.perf_counter()
+        return self._iterate() | self.watch.row()
+
+    def _iterate(self) -> Metrics:
+        cpu = time.process_time()
+        self.watch.begin()
         with self.masters.receiving():
             batches, total, norms = self._updates()
-        if self.ema is not None:
-            self.ema.update()
-        if self.sampler is not None and self.recipe.sampler_decay is not None:
-            self.sampler.decay = self.recipe.sampler_decay(self.iteration)
-            self.sampler.update()
+        self._update_averages()
         self.iteration += 1
         self.cpu_s += time.process_time() - cpu
+        self.watch.count_flop(batches[0], self.parameters, self.config.max_batch)
         return {
             "iteration": self.iteration,
             **iteration_metrics(batches, total, self.config.reward_weights),
@@ -140,8 +149,15 @@ class Trainer:
             **({} if self.noise_floor is None else {"noise_floor": self.noise_floor}),
             **({} if self.config.prune == PruningConfig() else self.kept.metrics()),
             "cpu_s": self.cpu_s,
-            "wall_s": time.perf_counter() - wall,
         }
+
+    @timed("optimizer")
+    def _update_averages(self) -> None:
+        if self.ema is not None:
+            self.ema.update()
+        if self.sampler is not None and self.recipe.sampler_decay is not None:
+            self.sampler.decay = self.recipe.sampler_decay(self.iteration)
+            self.sampler.update()
 
     def _updates(self) -> tuple[list[Batch], Statistics, list[torch.Tensor]]:
         """Takes all optimizer steps of an iteration; returns their gradient norms too."""
@@ -173,7 +189,9 @@ class Trainer:
         end = partial(
             stages.finish, recipe=self.recipe, iteration=iteration, reward_weights=weights
         )
-        done = stages.score_rounds(grown, self.reward, end, overlap=config.overlap_rewards)
+        clock, overlap = self.watch.clock, config.overlap_rewards
+        timed_end = clock("credit")(end)
+        done = stages.score_rounds(grown, self.reward, timed_end, overlap=overlap, clock=clock)
         with closing(done):
             for batch in done:
                 if self.noise_floor is None and self.sampler is None:
@@ -201,6 +219,7 @@ class Trainer:
                 off_tape=dropped,
                 masked_backward=self.pruning.late,
                 device=self.device,
+                clock=self.watch.clock,
             )
 
     def _pass(
@@ -213,14 +232,17 @@ class Trainer:
             where = {"iteration": self.iteration, "update": update, "inner": inner}
             weight, sums = self.pruning.weights(batch, **where)
             self.kept = self.kept.plus(sums)
-            part = accumulate(
-                batch._replace(weight=weight),
-                self.recipe,
-                update=update,
-                anchor="auto" if first else "rollout",
-                max_batch=self.config.max_batch,
-                num_planned=draw.planned[update],
-            )
+            weighed = batch._replace(weight=weight)
+            self.watch.work.count(weighed, update=update, inner=inner)
+            with self.watch.clock("update"):
+                part = accumulate(
+                    weighed,
+                    self.recipe,
+                    update=update,
+                    anchor="auto" if first else "rollout",
+                    max_batch=self.config.max_batch,
+                    num_planned=draw.planned[update],
+                )
             total = total.plus(part)
         return total
 
@@ -241,6 +263,7 @@ class Trainer:
         self._pass(draw, batches, inner=self.config.fast_steps)
         return [*norms, self._optimizer_step(0)]
 
+    @timed("optimizer")
     def _optimizer_step(self, update: int) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.masters.parameters, self.config.max_grad_norm)
         if not bool(torch.isfinite(norm)):
@@ -257,6 +280,7 @@ class Trainer:
         """Returns a block in which the module has its EMA weights, if the run keeps any."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
+    @timed("checkpoint")
     def save(self) -> Path:
         """Writes a checkpoint of the current iteration and returns its folder."""
         tensors = {
@@ -266,16 +290,19 @@ class Trainer:
         tensors |= {name: average.tensors() for name, average in self._averages.items()}
         tensors |= {"masters": self.masters.copies} if self.masters.copies else {}
         state = {**self.folder.identity, "cpu_s": self.cpu_s, "noise_floor": self.noise_floor}
-        state["pruning"] = self.pruning.state()
+        state |= {"pruning": self.pruning.state(), "flop": self.watch.state()}
         where = self.folder.path, self.iteration
         return checkpoint.save(*where, tensors, state, self.config.keep_checkpoints)
 
+    @timed("evaluation")
     def _evaluation(self) -> Metrics:
         assert self.evaluate is not None
         with self.averaged():
             return {f"eval/{k}": float(v) for k, v in self.evaluate(self.model).items()}
 
+    @timed("callbacks")
     def _log(self, metrics: Metrics) -> None:
+        metrics = self.advice.warn(metrics)
         self.folder.log(metrics)
         for callback in self.callbacks:
             callback(metrics)
@@ -283,7 +310,7 @@ class Trainer:
     def _restore(self, newest: Path) -> None:
         state = checkpoint.load_state(newest)
         check_same(newest, state, self.folder.identity)
-        kinds = {"cpu_s": float, "noise_floor": (float, None), "pruning": dict}
+        kinds = {"cpu_s": float, "noise_floor": (float, None), "pruning": dict, "flop": list}
         checkpoint.require(newest / "state.json", state, **kinds)
         self.pruning.load(state["pruning"], newest / "state.json")
         module, copies = self.model.module, self.masters.copies
@@ -298,3 +325,4 @@ class Trainer:
         checkpoint.load_optimizer(self.optimizer, moments)
         self.iteration, self.cpu_s = int(state["iteration"]), float(state["cpu_s"])
         self.noise_floor = state["noise_floor"]
+        self.watch.load(state["flop"])
