@@ -7,7 +7,6 @@ one process meets nobody.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
@@ -36,6 +35,7 @@ from branchcore.slow_fast import FastPath, check_fast_steps
 from branchcore.stages import Batch, Grown, accumulate
 from branchcore.stopping import stopping_of
 from branchcore.trainer_config import TrainerConfig
+from branchcore.watch import Watch, timed
 
 T = TypeVar("T")
 for _kind in (RewardFailure, NoRetry, NoMapping):
@@ -127,6 +127,7 @@ class Learner:
             ranks,
             counts_flops=not self.parallel.lockstep,
         )
+        self.watch = Watch(self.device, recipe)
         self.dtype = torch.float32
         """Of the states; float64 where exactness is tested."""
         self.noise_floor: float | None = None
@@ -140,18 +141,17 @@ class Learner:
             BadUpdate: something was not finite; weights and averages are as before.
             Exception: what any process raised, on every process.
         """
-        wall = time.perf_counter()
+        self.watch.begin()
         try:
             with self.masters.receiving():
                 batches, total, norms = self._updates(iteration)
         except Exception:
             self.optimizer.zero_grad(set_to_none=True)
             raise
-        if self.ema is not None:
-            self.ema.update()
-        if self.sampler is not None and self.recipe.sampler_decay is not None:
-            self.sampler.decay = self.recipe.sampler_decay(iteration)
-            self.sampler.update()
+        self._update_averages(iteration)
+        if batches and not self.parallel.sharded:
+            trained = [p for p in self.model.module.parameters() if p.requires_grad]
+            self.watch.count_flop(batches[0], trained, self.config.max_batch)
         found = iteration_metrics(
             batches, total, self.config.reward_weights, self.names, self.ranks.stack
         )
@@ -160,8 +160,15 @@ class Learner:
             "grad_norm": max(float(n) for n in norms),
             **({} if self.noise_floor is None else {"noise_floor": self.noise_floor}),
             **self.ledger.metrics(),
-            "wall_s": time.perf_counter() - wall,
         }
+
+    @timed("optimizer")
+    def _update_averages(self, iteration: int) -> None:
+        if self.ema is not None:
+            self.ema.update()
+        if self.sampler is not None and self.recipe.sampler_decay is not None:
+            self.sampler.decay = self.recipe.sampler_decay(iteration)
+            self.sampler.update()
 
     def _updates(self, iteration: int) -> tuple[list[Batch], Statistics, list[torch.Tensor]]:
         """Takes all optimizer steps of an iteration; returns their gradient norms too."""
@@ -219,7 +226,8 @@ class Learner:
         pairs = zip(draw.plans, draw.rounds, strict=True)
         grown = (self._grow(plan, uids, draw, iteration, tape) for plan, uids in pairs)
         overlap = self.config.overlap_rewards and len(draw.rounds) > 1
-        done = score_rounds(grown, self.reward, stages.scored_batch, overlap=overlap)
+        clock = self.watch.clock
+        done = score_rounds(grown, self.reward, stages.scored_batch, overlap=overlap, clock=clock)
         batches: list[Batch] = []
         total = Statistics.zero(self.device)
         with closing(done):
@@ -230,7 +238,10 @@ class Learner:
                 recipe = spread.credited(scored, weights, self.ranks)
             for batch in scored:
                 self._may_stop()
-                known = stages.credited(batch, recipe, iteration=iteration, reward_weights=weights)
+                with clock("credit"):
+                    known = stages.credited(
+                        batch, recipe, iteration=iteration, reward_weights=weights
+                    )
                 self._measure_floor(known)
                 batches.append(self.pruning.weigh(known, draw.weight))
                 total = total.plus(self._pass(draw, batches[-1:]))
@@ -311,6 +322,7 @@ class Learner:
                 stopping=self.stopping,
                 dtype=self.dtype,
                 device=self.device,
+                clock=self.watch.clock,
             )
             idle_calls(grown.model, missing, self.device, self.dtype)
         return grown
@@ -323,16 +335,19 @@ class Learner:
         anchor: Anchor = "auto" if inner == 0 and self.sampler is None else "rollout"
         for batch in batches:
             weight = self.ledger.weigh(batch, update=update, inner=inner, anchor=anchor)
-            part = accumulate(
-                batch._replace(weight=weight),
-                self.recipe,
-                update=update,
-                anchor=anchor,
-                max_batch=self.config.max_batch,
-                max_tokens=self.config.max_tokens,
-                num_planned=draw.planned[update] / self.parallel.share,
-                even=self._even_passes,
-            )
+            weighed = batch._replace(weight=weight)
+            self.watch.work.count(weighed, update=update, inner=inner)
+            with self.watch.clock("update"):
+                part = accumulate(
+                    weighed,
+                    self.recipe,
+                    update=update,
+                    anchor=anchor,
+                    max_batch=self.config.max_batch,
+                    max_tokens=self.config.max_tokens,
+                    num_planned=draw.planned[update] / self.parallel.share,
+                    even=self._even_passes,
+                )
             total = total.plus(part)
         # what a reduction multiplies gradients by is no part of the loss
         share = self.parallel.share
@@ -366,6 +381,7 @@ class Learner:
         self._together(partial(self._later_pass, draw, batches, 0, self.config.fast_steps))
         return [*norms, self._optimizer_step(0, iteration)]
 
+    @timed("optimizer")
     def _optimizer_step(self, update: int, iteration: int) -> torch.Tensor:
         """Brings the gradients together and takes the step, on every process the same."""
         self.parallel.reduce(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from branchcore.rewards import component_weights
 from branchcore.stages import Batch
 
 ZERO_STD = 1e-6
+_OF_THE_MACHINE = ("cpu_s", "wall_s", "mfu", "memory_gb", "rss_gb")
+_GROUPS_OF_THE_MACHINE = ("time", "skew", "slowest")
 
 
 _COUNTS = (
@@ -131,3 +134,12 @@ def bar_text(metrics: Mapping[str, float]) -> str:
             f"zero-std {metrics['zero_std_share']:.0%}",
         ]
     )
+
+
+def repeatable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a repeated run logs too: a row without times, memory and what comes of them."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in _OF_THE_MACHINE and name.split("/")[0] not in _GROUPS_OF_THE_MACHINE
+    }

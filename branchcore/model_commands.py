@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from branchcore import recipes
+from branchcore.callbacks import LOGGERS
 from branchcore.checkpoint import check_writable
 from branchcore.drawing import draw
 from branchcore.models.commands import task as tasks
@@ -24,7 +26,7 @@ _log = logging.getLogger("branchcore")
 _MODELS = ", ".join(tasks.MODELS)
 _OURS = (
     *("command", "run", "threads", "model", "recipe", "out", "resume", "iterations", "seed"),
-    *("set", "count"),
+    *("set", "count", "log"),
 )
 """Arguments that no model sees; the rest are flags of models, None where they are not given."""
 
@@ -43,6 +45,13 @@ def train_options(train: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="an option of the recipe or a field of TrainerConfig, e.g. --set kl=0.05",
+    )
+    train.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        choices=tuple(LOGGERS),
+        help="repeatable; beside metrics.jsonl, which is always written",
     )
     _pipeline_options(train.add_argument_group("real models"))
     _real_train_options(train.add_argument_group("training of real models"))
@@ -163,6 +172,12 @@ def _depths(value: Any) -> tuple[Any, ...]:
 
 
 def _train(args: argparse.Namespace) -> None:
+    with ExitStack() as blocks:
+        named = dict.fromkeys(args.log)
+        _run(args, [blocks.enter_context(LOGGERS[name](args.out)) for name in named])
+
+
+def _run(args: argparse.Namespace, loggers: Sequence[Callable[[Metrics], None]]) -> None:
     options, fields = settings(args.set, args.recipe)
     task = tasks.to_train(args.model, flags_of(args))
     suggested = task.settings(args.recipe)
@@ -197,7 +212,7 @@ def _train(args: argparse.Namespace) -> None:
         config,
         args.out,
         evaluate=task.evaluate,
-        callbacks=[follow],
+        callbacks=[follow, *loggers],
         facts={"model": args.model, **task.facts},
         resume=args.resume,
     )

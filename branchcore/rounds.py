@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from branchcore.clock import Clock, untimed
 from branchcore.rewards import Reward, Scores, Scoring, score, score_async
 from branchcore.stages import Batch, Grown
 
@@ -18,6 +19,7 @@ def score_rounds(
     finish_round: Callable[[Grown, Scores], Batch],
     *,
     overlap: bool,
+    clock: Clock = untimed,
 ) -> Generator[Batch]:
     """Scores rounds one after the other, with the same scores whether overlapped or not.
 
@@ -27,20 +29,24 @@ def score_rounds(
         finish_round: `finish`, with all but its first two arguments.
         overlap: score in a thread, while the next round is grown and the batch of the one before is
             used: two rounds are alive at a time. Close the iterator to wait for that thread.
+        clock: times the stage reward, which with overlap is the wait for the thread.
 
     Raises:
         RuntimeError, ValueError, TypeError: the reward failed; no thread is left.
     """
     if not overlap:
         for grown in rounds:
-            batch = finish_round(grown, score(*_to_score(reward, grown)))
+            with clock("reward"):
+                scores = score(*_to_score(reward, grown))
+            batch = finish_round(grown, scores)
             del grown  # images are not to live as long as the batch is used
             yield batch
         return
     last: tuple[Grown, Scoring] | None = None
     with ExitStack() as threads:
         for grown in rounds:
-            scores = None if last is None else last[1].result()
+            with clock("reward"):
+                scores = None if last is None else last[1].result()
             scoring = threads.enter_context(score_async(*_to_score(reward, grown)))
             batch = None if last is None or scores is None else finish_round(last[0], scores)
             last = grown, scoring
@@ -48,7 +54,9 @@ def score_rounds(
             if batch is not None:
                 yield batch
         if last is not None:
-            batch = finish_round(last[0], last[1].result())
+            with clock("reward"):
+                scores = last[1].result()
+            batch = finish_round(last[0], scores)
             del last
             yield batch
 

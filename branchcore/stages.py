@@ -5,7 +5,6 @@ A foreign trainer calls these alone; `trainer.Trainer` is the shortest complete 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from branchcore.clock import Clock, untimed
 from branchcore.credit import EdgeCredit, Floats
 from branchcore.forest import Forest
 from branchcore.gradient import Anchor, Statistics, gradient, log_ratio_floor
@@ -154,10 +154,12 @@ def grow(
     stopping: Stopping | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    clock: Clock = untimed,
 ) -> Grown:
     """Grows and decodes the trees of some prompts: the first part of `collect`, which has the rest.
 
-    Arguments of the same name are those of `rollout`; `stopping` ends branches on the way.
+    Arguments of the same name are those of `rollout`; `stopping` ends branches on the way;
+    the stages of the clock are rollout and decode.
 
     Raises:
         FloatingPointError: the model returned NaN or Inf.
@@ -167,24 +169,26 @@ def grow(
     view = model.with_prompts(prompts)
     previews = None
     if stopping is not None:
-        previews = stopping.previews(plan, model, prompts, uids, iteration, max_batch)
-    forest = rollout(
-        plan,
-        view,
-        uids,
-        seed=seed,
-        iteration=iteration,
-        tape=len(plan) if tape is None else tape,
-        max_batch=max_batch,
-        keep_velocity=keep_velocity if recipe.objective.anchor == "policy" else False,
-        off_tape=off_tape,
-        masked_backward=masked_backward,
-        stop=None if previews is None else previews.stop,
-        dtype=dtype,
-        device=device,
-    )
+        previews = stopping.previews(plan, model, prompts, uids, iteration, max_batch, clock)
+    with clock("rollout"):
+        forest = rollout(
+            plan,
+            view,
+            uids,
+            seed=seed,
+            iteration=iteration,
+            tape=len(plan) if tape is None else tape,
+            max_batch=max_batch,
+            keep_velocity=keep_velocity if recipe.objective.anchor == "policy" else False,
+            off_tape=off_tape,
+            masked_backward=masked_backward,
+            stop=None if previews is None else previews.stop,
+            dtype=dtype,
+            device=device,
+        )
     leaves = np.flatnonzero(plan.leaf & forest.alive)
-    images = decoded(model, forest.states(leaves), max_batch)
+    with clock("decode"):
+        images = decoded(model, forest.states(leaves), max_batch)
     texts = [str(prompts[int(i)]) for i in plan.prompt[leaves]]
     grown = Grown(forest, view, images, texts, tuple(uids))
     if previews is None:
@@ -268,7 +272,7 @@ def accumulate(
 def noise_floor(
     batch: Batch, recipe: Recipe, *, max_batch: int | None = None, max_tokens: int | None = None
 ) -> float | None:
-    """Measures |log ratio| of unchanged weights; warns if the clip range is below it.
+    """Measures |log ratio| of unchanged weights; a clip range below it clips at random.
 
     Args:
         batch: collected with the weights as they are now.
@@ -283,12 +287,4 @@ def noise_floor(
     if batch.forest.velocity is None or not isinstance(objective, ClippedRatio):
         return None
     limits = {"max_batch": max_batch, "max_tokens": max_tokens}
-    floor = log_ratio_floor(batch.forest, batch.model, objective, **limits)
-    if floor > min(objective.clip):
-        warnings.warn(
-            f"noise_floor: the clip range must exceed the noise floor of the log ratio, got clip "
-            f"{min(objective.clip):g} below {floor:.1e} (unchanged weights at another batch "
-            "shape); try a larger clip or updates=1",
-            stacklevel=2,
-        )
-    return floor
+    return log_ratio_floor(batch.forest, batch.model, objective, **limits)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from branchcore.clock import Clock, untimed
 from branchcore.credit import Floats, standardize
 from branchcore.forest import Stop, stoppable
 from branchcore.leaf_weights import without
@@ -74,6 +75,7 @@ class Stopping:
         uids: Sequence[int],
         iteration: int,
         max_batch: int | None = None,
+        clock: Clock = untimed,
     ) -> Previews:
         """Returns the checkpoints of one rollout.
 
@@ -84,12 +86,13 @@ class Stopping:
             uids: (P,) global sample positions.
             iteration: of the run.
             max_batch: previews per decode; None = all at once.
+            clock: times the stages decode and reward.
 
         Raises:
             ValueError: a prompt has too few branches, or none, at a checkpoint.
         """
         check_branches(self.config, plan)
-        return Previews(self, plan, model, prompts, uids, iteration, max_batch)
+        return Previews(self, plan, model, prompts, uids, iteration, max_batch, clock)
 
 
 class Previews:
@@ -104,10 +107,11 @@ class Previews:
         uids: Sequence[int],
         iteration: int,
         max_batch: int | None,
+        clock: Clock,
     ) -> None:
         self.run, self.plan, self.model = run, plan, model
         self.prompts, self.uids, self.iteration = prompts, uids, iteration
-        self.max_batch = max_batch
+        self.max_batch, self.clock = max_batch, clock
         self.probability = np.ones(len(plan))
         self.components: tuple[str, ...] = ()
 
@@ -130,7 +134,10 @@ class Previews:
         del depth
         run, plan = self.run, self.plan
         texts = [str(self.prompts[int(i)]) for i in plan.prompt[nodes]]
-        scores = score(run.reward, decoded(self.model, x0, self.max_batch), texts)
+        with self.clock("decode"):
+            images = decoded(self.model, x0, self.max_batch)
+        with self.clock("reward"):
+            scores = score(run.reward, images, texts)
         self.components = scores.names
         weights = component_weights(scores.names, run.reward_weights)
         known = without(None, scores.masked)

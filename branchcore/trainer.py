@@ -11,21 +11,26 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from branchcore import checkpoint
+from branchcore.advice import Advice, clip_of
 from branchcore.checkpoint import Checkpoints
+from branchcore.clock import skew
 from branchcore.distributed import Ranks
 from branchcore.learner import BadUpdate, Learner
 from branchcore.metrics import bar_text
 from branchcore.model import Model
 from branchcore.parallel import ParallelConfig
+from branchcore.plots import read_metrics
 from branchcore.preemption import Preempted, Preemption
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
 from branchcore.run_folder import RunFolder, check_same, identity
 from branchcore.run_state import RunState
 from branchcore.trainer_config import TrainerConfig
+from branchcore.watch import timed
 
 Metrics = dict[str, Any]
 
@@ -84,6 +89,7 @@ class Trainer:
             self.preemption.check,
         )
         self.model, self.prompts = model, self.learner.prompts
+        self.watch, self.advice = self.learner.watch, Advice(clip_of(recipe.objective))
         self._state = RunState(self.learner, reward)
         self.iteration, self.cpu_s, self.skipped, self._bad = 0, 0.0, 0, 0
         self.folder = RunFolder(
@@ -96,6 +102,8 @@ class Trainer:
         if self.ranks.main:
             self.folder.forget_after(self.iteration)
         self.checkpoints.tidy()
+        if self.iteration:
+            self.advice.replay(read_metrics(self.folder.log_path))
 
     def run(self) -> None:
         """Trains to the configured number of iterations; the last checkpoint is whole then.
@@ -118,8 +126,9 @@ class Trainer:
     def _run(self) -> None:
         todo = range(self.iteration, self.config.iterations)
         first: Metrics = {}
+        self.watch.begin()
         if self.iteration == 0 and self.evaluate is not None:
-            first = {"iteration": 0, **self._evaluation()}
+            first = {"iteration": 0, **self._evaluation(), **self._measured()}
         with tqdm(
             todo,
             initial=self.iteration,
@@ -128,10 +137,11 @@ class Trainer:
             disable=not self.ranks.main,
         ) as bar:
             for _ in bar:
-                metrics = self.step()
+                metrics = self._iterate()
                 last = self.iteration == self.config.iterations
                 if self.evaluate and (last or self.iteration % self.config.evaluate_every == 0):
                     metrics |= self._evaluation()
+                metrics |= self._measured()
                 if first:
                     self._log(first)
                     first = {}
@@ -146,6 +156,18 @@ class Trainer:
         Raises:
             BadUpdate: something was not finite once more than `TrainerConfig.bad_updates` allows.
         """
+        return self._iterate() | self._measured()
+
+    def _measured(self) -> Metrics:
+        """Returns what this process measured since the last row, and how others differ in it."""
+        row = self.watch.row()
+        if self.ranks.alone:
+            return row
+        stages = [name for name in row if name.startswith("time/")]
+        every = self.ranks.stack(np.array([row[name] for name in stages]))
+        return row | skew(every, [name.removeprefix("time/") for name in stages])
+
+    def _iterate(self) -> Metrics:
         cpu = time.process_time()
         try:
             metrics = self.learner.step(self.iteration)
@@ -165,27 +187,31 @@ class Trainer:
         """Returns a block in which the module has its EMA weights, if the run keeps any."""
         return self.learner.averaged()
 
+    @timed("checkpoint")
     def save(self) -> Path:
         """Starts a checkpoint of the current iteration; it is whole after `checkpoints.wait()`.
 
         Raises:
             OSError: the one before could not be written.
         """
-        own = {"cpu_s": self.cpu_s, "skipped": self.skipped}
+        own = {"cpu_s": self.cpu_s, "skipped": self.skipped, "flop": self.watch.state()}
         floor = {"noise_floor": self.learner.noise_floor}
         facts = {**self.folder.identity, **own, **floor}
         return self._state.save(self.checkpoints, self.iteration, facts)
 
+    @timed("evaluation")
     def _evaluation(self) -> Metrics:
         assert self.evaluate is not None
         with self.averaged():
             return {f"eval/{k}": float(v) for k, v in self.evaluate(self.model).items()}
 
+    @timed("callbacks")
     def _log(self, metrics: Metrics) -> None:
         """Writes a row; what fails on the process that writes fails on all."""
         error: Exception | None = None
         try:
             if self.ranks.main:
+                metrics = self.advice.warn(metrics)
                 self.folder.log(metrics)
                 for callback in self.callbacks:
                     callback(metrics)
@@ -196,8 +222,9 @@ class Trainer:
     def _restore(self, newest: Path) -> None:
         state = self.checkpoints.load_state(newest)
         check_same(newest, state, self.folder.identity)
-        kinds = {"cpu_s": float, "noise_floor": (float, None), "skipped": int}
+        kinds = {"cpu_s": float, "noise_floor": (float, None), "skipped": int, "flop": list}
         checkpoint.require(newest / "state.json", state, **kinds)
         self._state.load(self.checkpoints, newest, state)
         self.iteration, self.cpu_s = int(state["iteration"]), float(state["cpu_s"])
         self.skipped, self.learner.noise_floor = int(state["skipped"]), state["noise_floor"]
+        self.watch.load(state["flop"])

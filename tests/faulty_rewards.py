@@ -84,8 +84,11 @@ def threads():
 
 def children():
     """Process ids of this process's children."""
-    tasks = Path("/proc/self/task").iterdir()
-    return {pid for task in tasks for pid in (task / "children").read_text().split()}
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the thread has just ended
+            found |= set((task / "children").read_text().split())
+    return found
 
 
 def alive(pid):

@@ -15,6 +15,7 @@ pytest.importorskip("sklearn", reason="the embedded model needs the demo extra")
 
 from branchcore import recipes
 from branchcore.cli import main, settings
+from branchcore.metrics import repeatable
 
 FEW = ["--set", "prompts_per_iteration=2", "--set", "checkpoint_every=1"]
 
@@ -33,7 +34,7 @@ def command(*words):
 
 def rows(out):
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("cpu_s", "wall_s")} for row in lines]
+    return [repeatable(row) for row in lines]
 
 
 def test_kill_and_resume_continue_bit_for_bit(tmp_path):

@@ -21,6 +21,7 @@ from tiny_pipelines import Tiny
 from branchcore import examples, recipes, rewards
 from branchcore.checkpoint import load_group
 from branchcore.cli import main
+from branchcore.metrics import repeatable
 from branchcore.models import FAMILIES, runtime
 from branchcore.models.commands import task as tasks
 from branchcore.models.commands.pictures import save_samples, strip, tiled
@@ -63,7 +64,7 @@ def run(train, tmp_path_factory):
 
 def rows(out):
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("cpu_s", "wall_s")} for row in lines]
+    return [repeatable(row) for row in lines]
 
 
 def test_a_run_leaves_curves_samples_and_a_lora(run):

@@ -71,6 +71,11 @@ LAYERS = [
         "prompt_files",
         "report",
         "slow_fast",
+        "clock",
+        "work_meter",
+        "watch",
+        "advice",
+        "callbacks",
     },
     {"models", "hosts", "examples", "_machine", "doctor", "model_commands", "cli", "__main__"},
 ]
@@ -121,6 +126,7 @@ def test_optional_packages_stay_in_their_place(path):
             assert layer_name(path) in places, f"{path} imports {package}"
         if package == "matplotlib":
             assert path.stem in ("plots", "pictures"), f"{path} imports matplotlib"
+        assert package not in ("tensorboard", "wandb"), f"{path}: callbacks imports it by name"
 
 
 CORE = {"philox_normal", "branch_step", "edge_dots", "ratio_loss", "sde_log_prob"}

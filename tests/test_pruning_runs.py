@@ -10,6 +10,7 @@ import torch
 from branchcore import recipes, schedule, unbiased
 from branchcore.cli import main
 from branchcore.flops import Work
+from branchcore.metrics import repeatable
 from branchcore.model_commands import settings
 from branchcore.pruning import Pruning
 from branchcore.pruning_config import PruningConfig
@@ -49,7 +50,7 @@ def run(toy, out, prune, recipe=None, stop_after=None, resume=False, config=CONF
 
 def rows(out):
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("cpu_s", "wall_s")} for row in lines]
+    return [repeatable(row) for row in lines]
 
 
 def weights(trainer):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from branchcore import recipes, rewards, schedule
+from branchcore.metrics import repeatable
 from branchcore.rewards import worker
 from branchcore.rounds import score_rounds
 from branchcore.stages import Grown, accumulate
@@ -200,10 +201,7 @@ def trained(digits, out, reward=None, **options):
         schedule.shifted_linear(4), splits=(0, 1), window=0, eta=0.7, kl=0.05, updates=2, clip=0.2
     )
     trainer = Trainer(load(), prompts, reward or usual, recipe, config, out)
-    metrics = [trainer.step() for _ in range(2)]
-    for row in metrics:
-        del row["cpu_s"], row["wall_s"]
-    return trainer, metrics
+    return trainer, [repeatable(trainer.step()) for _ in range(2)]
 
 
 def test_overlapped_rewards_change_no_bit(digits, tmp_path):

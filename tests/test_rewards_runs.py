@@ -10,6 +10,7 @@ from faulty_rewards import nothing_left_behind
 
 from branchcore import recipes, schedule
 from branchcore.credit import EdgeCredit, lift
+from branchcore.metrics import repeatable
 from branchcore.rewards import RewardFailure, Rewards, patient, waiting
 from branchcore.trainer import Trainer
 from branchcore.trainer_config import TrainerConfig
@@ -57,9 +58,7 @@ def trained(toy, out, reward, recipe=None, **options):
     config = dataclasses.replace(CONFIG, **options)
     recipe = recipe or recipes.branch_mix(SG, splits=(0, 1, 3), window=0, eta=0.7)
     trainer = Trainer(toy(torch.float32), PROMPTS, reward, recipe, config, out)
-    rows = [trainer.step() for _ in range(config.iterations)]
-    for row in rows:
-        del row["cpu_s"], row["wall_s"]
+    rows = [repeatable(trainer.step()) for _ in range(config.iterations)]
     return rows, torch.cat([p.detach().flatten() for p in trainer.model.module.parameters()])
 
 

@@ -11,6 +11,7 @@ import torch
 
 from branchcore import checkpoint, recipes, schedule, stages
 from branchcore.checkpoint import storage
+from branchcore.metrics import repeatable
 from branchcore.model_commands import settings
 from branchcore.pruning_config import PruningConfig
 from branchcore.rewards import Rewards, component_weights, score
@@ -24,7 +25,6 @@ CONFIG = TrainerConfig(
     iterations=5, prompts_per_iteration=3, lr=1e-3, ema_decay=0.9, checkpoint_every=2,
     evaluate_every=2,
 )  # fmt: skip
-TIMES = ("cpu_s", "wall_s")
 
 
 def reward(images, prompts):
@@ -62,7 +62,7 @@ def lagging():
 
 def rows(out):
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in lines]
+    return [repeatable(row) for row in lines]
 
 
 def weights(trainer):
