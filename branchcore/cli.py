@@ -13,10 +13,11 @@ import torch
 
 from branchcore import doctor, recipes
 from branchcore._dispatch import explain
-from branchcore.model_commands import sample_options, settings, train_options
+from branchcore.model_commands import sample_options, settings
 from branchcore.pruning_config import PruningConfig
 from branchcore.report import plan_report
 from branchcore.schedule import shifted_linear
+from branchcore.train_command import train_options
 
 _ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, OSError)
 _log = logging.getLogger("branchcore")

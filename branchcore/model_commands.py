@@ -1,4 +1,4 @@
-"""The commands that run a model: `train` and `sample`, the same for every model."""
+"""What the commands that run a model share, and the command `sample`; the same for every model."""
 
 from __future__ import annotations
 
@@ -6,61 +6,28 @@ import argparse
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from branchcore import recipes
-from branchcore.callbacks import LOGGERS
-from branchcore.checkpoint import check_writable
-from branchcore.drawing import draw
 from branchcore.models.commands import task as tasks
-from branchcore.plots import curves
 from branchcore.pruning_config import PruningConfig
-from branchcore.run_folder import check_free
-from branchcore.trainer import Metrics, Trainer
 from branchcore.trainer_config import TrainerConfig
 
 _log = logging.getLogger("branchcore")
-_MODELS = ", ".join(tasks.MODELS)
+MODELS = ", ".join(tasks.MODELS)
 _OURS = (
     *("command", "run", "threads", "model", "recipe", "out", "resume", "iterations", "seed"),
-    *("set", "count", "log"),
+    *("set", "count", "log", "deterministic", "rank_timeout"),
+    *("parallel", "shards", "mixed", "offload", "reshard"),
 )
 """Arguments that no model sees; the rest are flags of models, None where they are not given."""
 
 
-def train_options(train: argparse.ArgumentParser) -> None:
-    """Adds the options of `train`."""
-    train.add_argument("--recipe", default="branch_mix", help=", ".join(recipes.RECIPES))
-    train.add_argument("--model", default="digits", help=_MODELS)
-    train.add_argument("--out", type=Path, required=True, help="folder of the run")
-    train.add_argument("--resume", action="store_true", help="continue the run in --out")
-    train.add_argument("--iterations", type=int, help="training iterations in all")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the recipe or a field of TrainerConfig, e.g. --set kl=0.05",
-    )
-    train.add_argument(
-        "--log",
-        action="append",
-        default=[],
-        choices=tuple(LOGGERS),
-        help="repeatable; beside metrics.jsonl, which is always written",
-    )
-    _pipeline_options(train.add_argument_group("real models"))
-    _real_train_options(train.add_argument_group("training of real models"))
-    train.set_defaults(run=_train)
-
-
 def sample_options(sample: argparse.ArgumentParser) -> None:
     """Adds the options of `sample`."""
-    sample.add_argument("--model", default="digits", help=_MODELS)
+    sample.add_argument("--model", default="digits", help=MODELS)
     sample.add_argument(
         "--weights", type=Path, help="run folder, LoRA, or (digits) checkpoint or safetensors file"
     )
@@ -69,13 +36,13 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("--seed", type=int, help="noise; default: the held-out noise")
     sample.add_argument("--out", type=Path, required=True, help="PNG; videos: and a GIF beside it")
     real = sample.add_argument_group("real models")
-    _pipeline_options(real)
+    pipeline_options(real)
     real.add_argument("--steps", type=int, help="of the ODE (28)")
     real.add_argument("--max-batch", type=int, help="rows of a model call at most")
     sample.set_defaults(run=_sample)
 
 
-def _pipeline_options(group: Any) -> None:
+def pipeline_options(group: Any) -> None:
     """Adds arguments of the families' `from_pretrained`, which has the defaults."""
     group.add_argument("--path", help="folder of the diffusers pipeline, or its name on the hub")
     for name in ("height", "width", "frames"):
@@ -88,7 +55,8 @@ def _pipeline_options(group: Any) -> None:
     group.add_argument("--device", help="default: the GPU if there is one")
 
 
-def _real_train_options(group: Any) -> None:
+def real_train_options(group: Any) -> None:
+    """Adds the options of training a pipeline."""
     group.add_argument("--prompts", type=Path, help=".txt, .jsonl or .parquet")
     group.add_argument("--prompt-field", metavar="NAME", help="of .jsonl or .parquet (prompt)")
     group.add_argument(
@@ -169,79 +137,6 @@ def _depths(value: Any) -> tuple[Any, ...]:
         return tuple(int(part) if isinstance(part, str) else part for part in parts)
     except ValueError as error:
         raise ValueError(f"--set prune_stop must be depths like 4,6, got {value!r}") from error
-
-
-def _train(args: argparse.Namespace) -> None:
-    with ExitStack() as blocks:
-        named = dict.fromkeys(args.log)
-        _run(args, [blocks.enter_context(LOGGERS[name](args.out)) for name in named])
-
-
-def _run(args: argparse.Namespace, loggers: Sequence[Callable[[Metrics], None]]) -> None:
-    options, fields = settings(args.set, args.recipe)
-    task = tasks.to_train(args.model, flags_of(args))
-    suggested = task.settings(args.recipe)
-    options = {**suggested.options, **options}
-    fields = {**suggested.fields, "seed": args.seed, **fields}
-    if args.iterations is not None:
-        fields["iterations"] = args.iterations
-    recipe = recipes.build(args.recipe, suggested.sigmas, **options)
-    config = TrainerConfig(**fields)
-    if not args.resume:
-        check_free(args.out)
-    check_writable(args.out)
-    sigmas, config, notes = task.load(recipe, config)
-    recipe = recipes.build(args.recipe, sigmas, **options)
-
-    def follow(metrics: Metrics) -> None:
-        done, evaluated = metrics["iteration"], any(x.startswith("eval/") for x in metrics)
-        if evaluated:
-            with trainer.averaged():
-                task.draw(args.out, done)
-        if done == config.iterations or (done and done % config.checkpoint_every == 0):
-            with trainer.averaged():
-                task.export(args.out)
-        if evaluated and done:
-            curves(args.out / "metrics.jsonl", args.out / "curves.png")
-
-    trainer = Trainer(
-        task.model,
-        task.prompts,
-        task.reward,
-        recipe,
-        config,
-        args.out,
-        evaluate=task.evaluate,
-        callbacks=[follow, *loggers],
-        facts={"model": args.model, **task.facts},
-        resume=args.resume,
-    )
-    _introduce(trainer, recipe, options, notes)
-    task.start()
-    trainer.run()
-    written = [name for name in tasks.OUTPUTS if (args.out / name).exists()]
-    print(f"wrote {args.out}/{', '.join(written)} and checkpoints")
-
-
-def _introduce(
-    trainer: Trainer, recipe: recipes.Recipe, options: dict[str, Any], notes: Sequence[str]
-) -> None:
-    """Prints what the run will do, in plain words, before it starts."""
-    config = trainer.config
-    plan = recipe.plan(list(range(config.prompts_per_iteration)), seed=config.seed, iteration=0)
-    counts = plan.counts()
-    print(f"recipe {recipe.name} {options}")
-    print(f"{config}")
-    print(
-        f"each iteration: {config.prompts_per_iteration} prompts, {counts.decodes} images, "
-        f"{counts.forwards} forwards, {counts.trained_edges} trained edges of "
-        f"{counts.trained_parents} parents, {recipe.updates} update(s)"
-    )
-    for note in notes:
-        print(note)
-    if trainer.iteration:
-        print(f"resumed after iteration {trainer.iteration}")
-    _log.info("tree of the first prompt:\n%s", draw(plan))
 
 
 def _sample(args: argparse.Namespace) -> None:

@@ -77,7 +77,17 @@ LAYERS = [
         "advice",
         "callbacks",
     },
-    {"models", "hosts", "examples", "_machine", "doctor", "model_commands", "cli", "__main__"},
+    {
+        "models",
+        "hosts",
+        "examples",
+        "_machine",
+        "doctor",
+        "model_commands",
+        "train_command",
+        "cli",
+        "__main__",
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
