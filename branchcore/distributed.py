@@ -167,9 +167,12 @@ def joined(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Generator
     """
     if not timeout_s > 0.0:
         raise ValueError(f"joined: timeout_s must be positive, got {timeout_s}")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks(chosen)
+        return
     if chosen.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise RuntimeError(
                 f"joined: every process must have a GPU of its own, got local rank {local} and "
@@ -177,9 +180,6 @@ def joined(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Generator
             )
         chosen = torch.device(f"cuda:{local}")
         torch.cuda.set_device(chosen)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks(chosen)
-        return
     store, rank, world_size = next(iter(rendezvous("env://")))
     limit = timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"

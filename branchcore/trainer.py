@@ -19,11 +19,12 @@ from branchcore.advice import Advice, clip_of
 from branchcore.checkpoint import Checkpoints
 from branchcore.clock import skew
 from branchcore.distributed import Ranks
-from branchcore.learner import BadUpdate, Learner
+from branchcore.learner import Learner
 from branchcore.metrics import bar_text
 from branchcore.model import Model
 from branchcore.parallel import ParallelConfig
 from branchcore.plots import read_metrics
+from branchcore.policy import BadUpdate
 from branchcore.preemption import Preempted, Preemption
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward

@@ -53,6 +53,8 @@ LAYERS = [
         "run_state",
         "trainer",
         "learner",
+        "policy",
+        "pace",
         "preemption",
         "distributed",
         "heartbeat",

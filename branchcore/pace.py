@@ -1,0 +1,95 @@
+"""Keeps the processes of a run in step: where weights are sharded, all make the same calls.
+
+A process that has fewer rounds, calls or passes than another makes up for them with calls of one
+row and weight 0. All numbers are agreed before what they are about, never in its middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from branchcore.distributed import Ranks
+from branchcore.idle import idle_calls, idle_passes
+from branchcore.model import Model, VelocityModel
+from branchcore.parallel import Parallel
+from branchcore.recipes.recipe import Recipe
+from branchcore.trainer_config import TrainerConfig
+
+
+class Pace:
+    """Counts of this process beside those of the others.
+
+    Args:
+        ranks: of the run.
+        parallel: how weights are spread.
+        model: the policy.
+        prompts: the first one serves calls without a row of their own.
+        recipe: the method.
+        device: of the model.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        parallel: Parallel,
+        model: Model,
+        prompts: Sequence[str],
+        recipe: Recipe,
+        device: torch.device,
+    ) -> None:
+        self.ranks, self.parallel, self.model = ranks, parallel, model
+        self.prompts, self.recipe, self.device = list(prompts[:1]), recipe, device
+        self.dtype = torch.float32
+        """Of the states."""
+
+    def view(self) -> VelocityModel:
+        """Returns the model with some prompt."""
+        return self.model.with_prompts(self.prompts)
+
+    def missing_rounds(self, mine: int) -> int:
+        """Returns how many rounds of other processes this one has to go along with."""
+        lags = self.recipe.sampler_decay is not None
+        together = self.parallel.lockstep or (self.parallel.sharded and lags)
+        return self.ranks.most([mine])[0] - mine if together else 0
+
+    def missing_calls(self, mine: int) -> int:
+        """Returns the calls of a round that others make beyond those of this process."""
+        return self.ranks.most([mine])[0] - mine if self.parallel.lockstep else 0
+
+    def make_up(self, calls: int, model: VelocityModel | None = None) -> None:
+        """Makes so many calls without a gradient."""
+        if calls:
+            idle_calls(model or self.view(), calls, self.device, self.dtype)
+
+    def passes(self, mine: int) -> int:
+        """Returns the passes of every process; makes them all itself if this one has none."""
+        if not self.parallel.lockstep:
+            return mine
+        most = self.ranks.most([mine])[0]
+        if not mine:
+            reference = self.recipe.objective.compares
+            idle_passes(self.view(), most, self.device, self.dtype, reference=reference)
+        return most if mine else 0
+
+    def zero_pass(self) -> None:
+        """Makes one forward and backward of weight 0, which ends the passes of an update."""
+        idle_passes(self.view(), 1, self.device, self.dtype)
+
+
+def check_spread(parallel: Parallel, config: TrainerConfig) -> None:
+    """Raises ValueError for settings that the way in which weights are spread excludes."""
+    whole = "where weights are gathered for every call"
+    wrong = {
+        f"overlap_rewards must be False {whole}": parallel.lockstep and config.overlap_rewards,
+        f"prune_stop must be left out {whole}": parallel.lockstep and bool(config.prune.stop),
+    }
+    for rule, broken in wrong.items():
+        if broken:
+            raise ValueError(f"Trainer: {rule}, got {config}; try reshard=False")
+    if parallel.sharded and config.prune.measure:
+        raise ValueError(
+            f"Trainer: prune_measure must be 0 where weights are sharded, got "
+            f"{config.prune.measure}; gradients of single parents are not apart there"
+        )

@@ -1,0 +1,128 @@
+"""The weights of a run: what trains them, averages them, samples with them and spreads them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+
+from branchcore.distributed import Ranks, agreed
+from branchcore.ema import Ema
+from branchcore.masters import Masters
+from branchcore.model import Model
+from branchcore.pace import Pace, check_spread
+from branchcore.parallel import ParallelConfig, spread
+from branchcore.recipes.recipe import Recipe
+from branchcore.trainer_config import TrainerConfig
+from branchcore.watch import Watch, timed
+
+
+@agreed
+class BadUpdate(FloatingPointError):
+    """A velocity, reward or gradient that is not finite, on any process; no weight was changed."""
+
+
+class Policy:
+    """A trained model with its optimizer and averages, on one of the processes of a run.
+
+    Args:
+        model: the policy.
+        prompts: data set of prompts.
+        recipe: the method.
+        config: the run.
+        ranks: its processes.
+        parallel: how weights are spread over them.
+
+    Raises:
+        ValueError: nothing is trained, or settings exclude each other.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[str],
+        recipe: Recipe,
+        config: TrainerConfig,
+        ranks: Ranks,
+        parallel: ParallelConfig,
+    ) -> None:
+        self.model, self.prompts, self.recipe, self.config = model, list(prompts), recipe, config
+        self.ranks = ranks
+        if not any(p.requires_grad for p in model.module.parameters()):
+            raise ValueError("Trainer: module must have trainable parameters, got none")
+        frozen = getattr(model, "frozen", None)
+        modules = [model.module, *([] if frozen is None else [frozen])]
+        self.parallel = spread(parallel, modules, ranks)
+        check_spread(self.parallel, config)
+        self.masters = Masters(model.module)
+        self.optimizer = torch.optim.AdamW(
+            self.masters.parameters,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        self.device = self.masters.parameters[0].device if ranks.alone else ranks.device
+        average = partial(Ema, model.module, masters=self.masters)
+        self.ema = None if config.ema_decay is None else average(config.ema_decay)
+        self.sampler = None if recipe.sampler_decay is None else average(0.0, starts_as_copy=True)
+        both = (("ema", self.ema), ("sampler", self.sampler))
+        self.averages = {name: kept for name, kept in both if kept is not None}
+        self.watch = Watch(self.device, recipe)
+        self.pace = Pace(ranks, self.parallel, model, prompts, recipe, self.device)
+
+    @timed("optimizer")
+    def optimizer_step(self, update: int, iteration: int) -> torch.Tensor:
+        """Brings the gradients together and takes the step, on every process the same."""
+        self.parallel.reduce(self.masters.parameters, self.pace.zero_pass)
+        norm = self.parallel.grad_norm(self.masters.parameters, self.config.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            raise BadUpdate(
+                f"Trainer: gradient norm must be finite, got {float(norm)} at iteration "
+                f"{iteration}, update {update}; this update changed no weight"
+            )
+        self.optimizer.step()
+        self.masters.write()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """A block in which the module has its EMA weights, if the run keeps any."""
+        with nullcontext() if self.ema is None else self.ema.applied():
+            self.parallel.gather()
+            yield
+        self.parallel.gather()
+
+    def forget_gradients(self, *, reduce: bool) -> None:
+        """Drops the gradients of an update that is not taken.
+
+        Args:
+            reduce: all processes do so together: unsharded gradients add up where none can see
+                them, and come out in a reduction only.
+        """
+        if reduce and self.parallel.sharded:
+            self.parallel.reduce(self.masters.parameters, self.pace.zero_pass)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @timed("optimizer")
+    def update_averages(self, iteration: int) -> None:
+        """Takes the new weights into the averages."""
+        if self.ema is not None:
+            self.ema.update()
+        if self.sampler is not None and self.recipe.sampler_decay is not None:
+            self.sampler.decay = self.recipe.sampler_decay(iteration)
+            self.sampler.update()
+
+    @contextmanager
+    def sampling(self) -> Generator[None]:
+        """A block in which the module has the weights of the policy that samples."""
+        if self.sampler is None:
+            yield
+            return
+        with self.sampler.applied():
+            self.parallel.gather()
+            yield
+        self.parallel.gather()
