@@ -12,6 +12,7 @@ from typing import Any
 
 import learning_words
 from readme_pruning import census, learning, masked, packing, pruning
+from readme_scaling import scaling
 from readme_text import markdown, where
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,6 +201,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "masked": ("masked_backward.json", masked),
     "learning": ("learning.json", learning),
     "packing": ("packing.json", packing),
+    "scaling": ("scaling.json", scaling),
 }
 NOT_YET = {"learning": (learning_words.MISSING, learning_words.COMMAND)}
 """Sections that README has before their first result: text, and the command to make one."""

@@ -41,12 +41,16 @@ class Ranks:
     Args:
         device: of this process.
         heartbeat: tells who is gone when a collective fails.
+        timeout_s: seconds that a collective waits for the others.
     """
 
     def __init__(
-        self, device: torch.device | str = "cpu", heartbeat: Heartbeat | None = None
+        self,
+        device: torch.device | str = "cpu",
+        heartbeat: Heartbeat | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self.device = torch.device(device)
+        self.device, self.timeout_s = torch.device(device), timeout_s
         many = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if many else 0
         self.world_size = dist.get_world_size() if many else 1
@@ -73,7 +77,7 @@ class Ranks:
     def sum(self, values: Floats) -> Floats:
         """Returns the sum over all processes of a float64 array of one shape."""
         total = torch.from_numpy(np.array(values, dtype=np.float64))
-        self._collect(partial(dist.all_reduce, total))
+        self.collect(partial(dist.all_reduce, total))
         return total.numpy()
 
     def stack(self, values: Floats) -> Floats:
@@ -81,19 +85,19 @@ class Ranks:
         mine = torch.from_numpy(np.array(values, dtype=np.float64))
         rows = [torch.empty_like(mine) for _ in range(self.world_size)]
         rows[self.rank] = mine
-        self._collect(partial(dist.all_gather, rows, mine))
+        self.collect(partial(dist.all_gather, rows, mine))
         return torch.stack(rows).numpy()
 
     def most(self, values: Sequence[int]) -> list[int]:
         """Returns the largest of each number over all processes."""
         most = torch.tensor(list(values), dtype=torch.int64)
-        self._collect(partial(dist.all_reduce, most, op=dist.ReduceOp.MAX))
+        self.collect(partial(dist.all_reduce, most, op=dist.ReduceOp.MAX))
         return cast("list[int]", most.tolist())
 
     def gather(self, value: T) -> list[T]:
         """Returns everybody's value, by rank; small things only."""
         found: list[Any] = [value] * self.world_size
-        self._collect(partial(dist.all_gather_object, found, value))
+        self.collect(partial(dist.all_gather_object, found, value))
         return found
 
     def agree(self, error: Exception | None) -> None:
@@ -116,10 +120,16 @@ class Ranks:
         if failed:
             name, text = cast("tuple[str, str]", found[failed[0]])
             more = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
-            raise _error_of(name)(f"rank {failed[0]}: {text}{more}") from error
+            everywhere = _error_of(name)(f"rank {failed[0]}: {text}{more}")
+            vars(everywhere)[_EVERYWHERE] = True
+            raise everywhere from error
 
-    def _collect(self, collective: Callable[[], object]) -> None:
-        """Runs a collective; says who is missing when it fails."""
+    def collect(self, collective: Callable[[], object]) -> None:
+        """Runs a collective; says who is missing when it fails.
+
+        Raises:
+            RankError: another process is gone or does not answer.
+        """
         if self.alone:
             return
         try:
@@ -133,8 +143,14 @@ class Ranks:
             ) from error
 
 
+_EVERYWHERE = "raised_on_every_process"
 _AGREED: dict[str, type[Exception]] = {}
 E = TypeVar("E", bound=type[Exception])
+
+
+def was_agreed(error: Exception) -> bool:
+    """Tells whether all processes raise this error already."""
+    return _EVERYWHERE in vars(error)
 
 
 def agreed(kind: E) -> E:
@@ -190,7 +206,7 @@ def joined(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Generator
     heartbeat = Heartbeat(PrefixStore("alive", store), rank, world_size)
     heartbeat.start()
     try:
-        yield Ranks(chosen, heartbeat)
+        yield Ranks(chosen, heartbeat, timeout_s)
     finally:
         heartbeat.stop()
         dist.destroy_process_group()

@@ -141,7 +141,7 @@ def gradient(
     together = plan.group(objective.together) if objective.together else None
     budget = token_budget(model, plan.prompt, max_tokens)
     batches = pack_parents(plan, edges, max_batch, parts, together, budget)
-    terms = _terms(forest, batches, advantage_M2, weight_M / max(planned, 1), objective)
+    terms = _terms(forest, batches, advantage_M2, weight_M / (planned or 1), objective)
     missing = 0 if even is None else even(len(batches)) - len(batches)
     total = Statistics.zero(forest.x.device)
     for batch, term in zip(batches, terms, strict=True):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from branchcore import stages
-from branchcore.distributed import Ranks, agreed
+from branchcore.distributed import Ranks, agreed, was_agreed
 from branchcore.gradient import Anchor, Statistics
 from branchcore.ledger import Ledger
 from branchcore.metrics import iteration_metrics
@@ -145,10 +145,11 @@ class Learner(Policy):
         error, result = None, None
         try:
             result = stage()
-        except FloatingPointError as found:
-            error = BadUpdate(str(found))
         except Exception as found:
-            error = found
+            if was_agreed(found):
+                raise
+            bad = isinstance(found, FloatingPointError)
+            error = BadUpdate(str(found)) if bad else found
         self.ranks.agree(error)
         return result  # pyright: ignore[reportReturnType]
 
@@ -180,7 +181,7 @@ class Learner(Policy):
         with closing(done):
             scored, recipe = done, spread.credited()
             if crosses:
-                scored = list(done)
+                scored = self._together(lambda: list(done))  # before the others sum up theirs
                 self._idle_rounds(missing)
                 recipe = spread.credited(scored, weights, self.ranks)
             for batch in scored:
@@ -272,8 +273,9 @@ class Learner(Policy):
     ) -> Statistics:
         """A pass over all rounds, after weights have changed."""
         self.parallel.gather()
+        missing = self.pace.missing_rounds(len(batches))
         total = self._pass(draw, batches, update, inner)
-        for _ in range(self.pace.missing_rounds(len(batches))):
+        for _ in range(missing):
             self.pace.passes(0)
         return total
 

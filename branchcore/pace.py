@@ -78,8 +78,14 @@ class Pace:
         idle_passes(self.view(), 1, self.device, self.dtype)
 
 
-def check_spread(parallel: Parallel, config: TrainerConfig) -> None:
-    """Raises ValueError for settings that the way in which weights are spread excludes."""
+def check_spread(parallel: Parallel, config: TrainerConfig, ranks: Ranks) -> None:
+    """Raises ValueError for settings that several processes, or sharded weights, exclude."""
+    tries = config.reward_attempts * (config.reward_timeout or 0.0)
+    if not ranks.alone and tries >= ranks.timeout_s:
+        raise ValueError(
+            "Trainer: reward_attempts * reward_timeout must be below the seconds that processes "
+            f"wait for each other, {ranks.timeout_s:g}, got {tries:g}; try a larger --rank-timeout"
+        )
     whole = "where weights are gathered for every call"
     wrong = {
         f"overlap_rewards must be False {whole}": parallel.lockstep and config.overlap_rewards,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -89,9 +90,11 @@ class Replicas(Parallel):
 
     Args:
         modules: weights and buffers become those of rank 0.
+        ranks: of the run.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], ranks: Ranks) -> None:
+        self._ranks = ranks
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.detach(), 0)
@@ -104,7 +107,7 @@ class Replicas(Parallel):
                 parameter.grad = torch.zeros_like(parameter)
         for bucket in _buckets([cast("Tensor", p.grad) for p in parameters]):
             flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat)
+            self._ranks.collect(partial(dist.all_reduce, flat))
             sizes = [g.numel() for g in bucket]
             for gradient, part in zip(bucket, flat.split(sizes), strict=True):
                 gradient.copy_(part.view_as(gradient))
@@ -149,6 +152,7 @@ class Shards(Parallel):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
         self.lockstep, self.share = config.reshard, float(ranks.world_size)
+        self._ranks = ranks
         short = [p.dtype for p in modules[0].parameters() if p.requires_grad and p.itemsize < 4]
         if short:
             raise ValueError(
@@ -203,7 +207,7 @@ class Shards(Parallel):
         for module in self._modules:
             module.set_requires_gradient_sync(True)
             module.set_reshard_after_backward(True)
-        zero_pass()
+        self._ranks.collect(zero_pass)
         for part in self._parts():
             part.reshard()
         self._keep_whole()
@@ -221,4 +225,4 @@ def spread(config: ParallelConfig, modules: Sequence[nn.Module], ranks: Ranks) -
     shard = config.kind == "shard" or (config.kind == "auto" and whole)
     if ranks.alone and not (shard and config.kind == "shard"):
         return Parallel()
-    return Shards(modules, config, ranks) if shard else Replicas(modules)
+    return Shards(modules, config, ranks) if shard else Replicas(modules, ranks)

@@ -55,7 +55,7 @@ class Policy:
         frozen = getattr(model, "frozen", None)
         modules = [model.module, *([] if frozen is None else [frozen])]
         self.parallel = spread(parallel, modules, ranks)
-        check_spread(self.parallel, config)
+        check_spread(self.parallel, config, ranks)
         self.masters = Masters(model.module)
         self.optimizer = torch.optim.AdamW(
             self.masters.parameters,

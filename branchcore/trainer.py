@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from branchcore import checkpoint
 from branchcore.advice import Advice, clip_of
 from branchcore.checkpoint import Checkpoints
-from branchcore.clock import skew
+from branchcore.clock import STAGES, skew
 from branchcore.distributed import Ranks
 from branchcore.learner import Learner
 from branchcore.metrics import bar_text
@@ -34,6 +35,7 @@ from branchcore.trainer_config import TrainerConfig
 from branchcore.watch import timed
 
 Metrics = dict[str, Any]
+_log = logging.getLogger("branchcore")
 
 
 class Trainer:
@@ -115,10 +117,21 @@ class Trainer:
             try:
                 self._run()
             except Preempted:
-                if checkpoint.folder_of(self.folder.path, self.iteration) != self._saved():
+                # nothing to keep before the first iteration is through
+                newest = checkpoint.folder_of(self.folder.path, self.iteration)
+                if self.iteration and newest != self._saved():
                     self.save()
-            finally:
-                self.checkpoints.wait()
+            except Exception as error:
+                self._end_saving(error)
+                raise
+            self.checkpoints.wait()
+
+    def _end_saving(self, error: Exception) -> None:
+        """Waits for the checkpoint in the background; what goes wrong with it is only noted."""
+        try:
+            self.checkpoints.wait()
+        except (RuntimeError, OSError) as second:
+            _log.warning("%s; the run ends because of: %s", second, error)
 
     def _saved(self) -> Path | None:
         self.checkpoints.wait()
@@ -164,9 +177,9 @@ class Trainer:
         row = self.watch.row()
         if self.ranks.alone:
             return row
-        stages = [name for name in row if name.startswith("time/")]
-        every = self.ranks.stack(np.array([row[name] for name in stages]))
-        return row | skew(every, [name.removeprefix("time/") for name in stages])
+        # all stages: where one process failed, the others were in more of them
+        mine = [float(row.get(f"time/{stage}", 0.0)) for stage in STAGES]
+        return row | skew(self.ranks.stack(np.array(mine)), STAGES)
 
     def _iterate(self) -> Metrics:
         cpu = time.process_time()

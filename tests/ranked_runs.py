@@ -81,7 +81,7 @@ def run(kind, ranks=None, parallel=None, iterations=2):
             callbacks=[rows.append], ranks=ranks, parallel=parallel,
         )  # fmt: skip
         learner = trainer.learner
-        learner.dtype = torch.float64
+        learner.pace.dtype = torch.float64
         step = learner.optimizer.step
 
         def keep():

@@ -1,12 +1,18 @@
 """The same run on 1, 2 and 4 processes: noise, trees, gradients, metrics; and no deadlock."""
 
+import shutil
+
 import numpy as np
 import processes
 import pytest
+import ranked_plans
 import ranked_runs
 from ranked_runs import RUNS, relative
 
+from branchcore.distributed import Ranks
 from branchcore.metrics import repeatable
+
+pytestmark = pytest.mark.ranks
 
 LAYOUTS = {
     "replicas": (2, {"kind": "replicate"}),
@@ -40,3 +46,28 @@ def test_gradients_and_metrics_do_not_depend_on_the_processes(layout, alone):
                     np.testing.assert_allclose(
                         row[name], other[name], rtol=1e-7, atol=1e-9, err_msg=f"{kind}: {name}"
                     )
+
+
+@pytest.mark.parametrize("kind", ["replicate", "shard"])
+def test_a_run_of_2_processes_goes_on_with_1_and_with_3(kind, tmp_path):
+    whole = ranked_plans.part(Ranks(), tmp_path / "whole", 4, {}, False)
+    out, options = tmp_path / "cut", {"kind": kind}
+    for found in processes.values(2, ranked_plans.part, out, 2, options, False):
+        ranked_plans.assert_same(found, tuple(part[:2] for part in whole))
+    shutil.copytree(out, tmp_path / "alone")
+    rest = tuple(part[2:] for part in whole)
+    ranked_plans.assert_same(ranked_plans.part(Ranks(), tmp_path / "alone", 4, {}, True), rest)
+    for found in processes.values(3, ranked_plans.part, out, 4, options, True):
+        ranked_plans.assert_same(found, rest)
+
+
+def test_random_runs_neither_wait_for_each_other_nor_differ():
+    seeds, options = range(40), {"kind": "shard", "reshard": True}
+    wanted = ranked_plans.random_runs(Ranks(), seeds, {})
+    found = processes.values(3, ranked_plans.random_runs, seeds, options, timeout_s=60.0)
+    for rank in found:
+        for seed, got, alone in zip(seeds, rank, wanted, strict=True):
+            try:
+                ranked_plans.assert_same(got, alone)
+            except AssertionError as error:
+                raise AssertionError(f"{seed}: {ranked_plans.drawn(seed)}") from error

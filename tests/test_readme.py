@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from formulas import published_gradient, shake
+from torch.distributed.run import get_args_parser
 
 from branchcore import recipes, schedule
 from branchcore.cli import _parser, main
@@ -105,6 +106,12 @@ def test_commands_have_the_options_they_are_shown_with():
     text = README.replace("\\\n", " ")
     commands = re.findall(r"^    python -m branchcore (.+)$", text, re.MULTILINE)
     assert len(commands) > 7
+    launched = re.findall(r"^(?:    |srun )torchrun (.+) -m branchcore (.+)$", text, re.MULTILINE)
+    assert len(launched) == 4
+    for launch, command in launched:
+        words = shlex.split(launch.replace("$SLURM_NNODES", "4"))
+        get_args_parser().parse_args([*words, "-m", "branchcore"])
+        commands.append(command)
     for command in commands:
         args = _parser().parse_args(shlex.split(command, comments=True))
         assert args.command == command.split()[0]
