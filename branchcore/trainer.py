@@ -121,12 +121,12 @@ class Trainer:
                 newest = checkpoint.folder_of(self.folder.path, self.iteration)
                 if self.iteration and newest != self._saved():
                     self.save()
-            except Exception as error:
+            except BaseException as error:
                 self._end_saving(error)
                 raise
             self.checkpoints.wait()
 
-    def _end_saving(self, error: Exception) -> None:
+    def _end_saving(self, error: BaseException) -> None:
         """Waits for the checkpoint in the background; what goes wrong with it is only noted."""
         try:
             self.checkpoints.wait()

@@ -3,6 +3,7 @@
 import os
 import pickle
 import socket
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch.multiprocessing as mp
 
 from branchcore.distributed import joined
 
+# test modules are `tests.<name>` to pytest, and must be so to the processes
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # imported once, by the server that all processes are forked from
 PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor", "branchcore.trainer"]
 

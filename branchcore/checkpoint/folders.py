@@ -67,7 +67,7 @@ def publish(partial: Path, folder: Path, keep: int) -> None:
 def tidy(out: Path) -> None:
     """Removes what a crash left half-written, and gives a replaced checkpoint its name back."""
     for path in out.glob(f"{_PARTIAL}checkpoint-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # somebody else may be at it
     for path in out.glob(f"{_OLD}checkpoint-*"):
         proper = path.with_name(path.name.removeprefix(_OLD))
         if proper.exists():
