@@ -39,18 +39,12 @@ class Ranks:
     Every method but `share` is a collective: all processes call it, in the same order.
 
     Args:
-        device: of this process.
         heartbeat: tells who is gone when a collective fails.
         timeout_s: seconds that a collective waits for the others.
     """
 
-    def __init__(
-        self,
-        device: torch.device | str = "cpu",
-        heartbeat: Heartbeat | None = None,
-        timeout_s: float = TIMEOUT_S,
-    ) -> None:
-        self.device, self.timeout_s = torch.device(device), timeout_s
+    def __init__(self, heartbeat: Heartbeat | None = None, timeout_s: float = TIMEOUT_S) -> None:
+        self.timeout_s = timeout_s
         many = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if many else 0
         self.world_size = dist.get_world_size() if many else 1
@@ -183,10 +177,10 @@ def joined(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Generator
     """
     if not timeout_s > 0.0:
         raise ValueError(f"joined: timeout_s must be positive, got {timeout_s}")
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks(chosen)
+        yield Ranks()
         return
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
@@ -206,7 +200,7 @@ def joined(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Generator
     heartbeat = Heartbeat(PrefixStore("alive", store), rank, world_size)
     heartbeat.start()
     try:
-        yield Ranks(chosen, heartbeat, timeout_s)
+        yield Ranks(heartbeat, timeout_s)
     finally:
         heartbeat.stop()
         dist.destroy_process_group()

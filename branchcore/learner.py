@@ -77,14 +77,7 @@ class Learner(Policy):
         self.pruning = Pruning(config.prune, recipe, config.seed)
         no_tape = self.sampler is not None or self.parallel.lockstep
         self.tape = 0 if no_tape else self.pruning.tape(config.tape)
-        self.ledger = Ledger(
-            self.pruning,
-            config,
-            self.masters.parameters,
-            self.tape,
-            ranks,
-            counts_flops=not self.parallel.lockstep,
-        )
+        self.ledger = Ledger(self.pruning, config, self.masters.parameters, self.tape, ranks)
         self.noise_floor: float | None = None
         self.names: tuple[str, ...] = ()
         """Components of the reward, once known."""
@@ -107,6 +100,7 @@ class Learner(Policy):
         if batches and not self.parallel.sharded:
             trained = [p for p in self.model.module.parameters() if p.requires_grad]
             self.watch.count_flop(batches[0], trained, self.config.max_batch)
+        flop = self.watch.flop
         found = iteration_metrics(
             batches, total, self.config.reward_weights, self.names, self.ranks.stack
         )
@@ -114,7 +108,7 @@ class Learner(Policy):
             **found,
             "grad_norm": max(float(n) for n in norms),
             **({} if self.noise_floor is None else {"noise_floor": self.noise_floor}),
-            **self.ledger.metrics(),
+            **self.ledger.metrics(flop and flop.forward),
         }
 
     def _updates(self, iteration: int) -> tuple[list[Batch], Statistics, list[torch.Tensor]]:

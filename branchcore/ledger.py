@@ -13,7 +13,7 @@ from branchcore.checkpoint import require
 from branchcore.coins import Coins
 from branchcore.credit import Floats
 from branchcore.distributed import Ranks
-from branchcore.flops import Work, forward_flop, pass_work
+from branchcore.flops import Work, pass_work
 from branchcore.gradient import Anchor
 from branchcore.gradient_norms import MOST, Measured, measure
 from branchcore.pruning import Draw, Pruning
@@ -32,7 +32,6 @@ class Ledger:
         parameters: on which gradients add up.
         tape: nodes that a round's tape covers where nothing is dropped; None = all.
         ranks: of the run; None = this process alone.
-        counts_flops: a call may be made to count its operations.
     """
 
     def __init__(
@@ -42,15 +41,10 @@ class Ledger:
         parameters: Sequence[Tensor],
         tape: int | None,
         ranks: Ranks | None = None,
-        *,
-        counts_flops: bool = True,
     ) -> None:
         self.pruning, self.config, self.ranks = pruning, config, ranks or Ranks()
         self.parameters, self.tape = parameters, tape
-        self.flop: float | None = None
-        """Of a forward per row, once counted."""
         self.sums, self.work, self.measured = Sums(), Work(), Measured()
-        self._counted = not counts_flops
 
     def open(self, draw: Draw, iteration: int) -> None:
         """Begins an iteration with its prompts."""
@@ -87,9 +81,6 @@ class Ledger:
     def _first(self, batch: Batch, coins: Coins, anchor: Anchor) -> None:
         """Books what the first pass of a round tells: its rollout, and measured norms."""
         self.work = self.work.plus(Work(spent=float(np.sum(batch.forest.evaluated))))
-        if self.flop is None and not self._counted:
-            limit, self._counted = self.config.max_batch, True
-            self.flop = forward_flop(batch.forest, batch.model, max_batch=limit)
         every = self.config.prune.measure
         if not every or (self.iteration + 1) % every:
             return
@@ -123,7 +114,7 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """Returns what `load` takes, ready for JSON."""
-        return {**self.pruning.state(), "flop": self.flop}
+        return self.pruning.state()
 
     def load(self, state: Mapping[str, Any], where: Path) -> None:
         """Takes a state back.
@@ -131,12 +122,15 @@ class Ledger:
         Raises:
             ValueError: it is damaged; names `where`.
         """
-        require(where, state, prompts=dict, steps=dict, spread=dict, flop=(float, None))
+        require(where, state, prompts=dict, steps=dict, spread=dict)
         self.pruning.load(state, where)
-        self.flop = state["flop"]
 
-    def metrics(self) -> dict[str, float]:
-        """Returns the iteration's sums, its work, and norms if it measured any."""
+    def metrics(self, flop: float | None) -> dict[str, float]:
+        """Returns the iteration's sums, its work, and norms if it measured any.
+
+        Args:
+            flop: operations of a forward per row; None = not known.
+        """
         if self.config.prune == PruningConfig():
             return {}
-        return {**self.sums.metrics(), **self.work.metrics(self.flop), **self.measured.metrics()}
+        return {**self.sums.metrics(), **self.work.metrics(flop), **self.measured.metrics()}

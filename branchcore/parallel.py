@@ -167,15 +167,16 @@ class Shards(Parallel):
         shape, names = ((world,), ("shard",))
         if shards < world:
             shape, names = (world // shards, shards), ("replicate", "shard")
+        device = next(modules[0].parameters()).device.type
         options: dict[str, Any] = {
-            "mesh": init_device_mesh(ranks.device.type, shape, mesh_dim_names=names),
+            "mesh": init_device_mesh(device, shape, mesh_dim_names=names),
             "reshard_after_forward": config.reshard,
         }
         if config.mixed:
             low = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
             options["mp_policy"] = MixedPrecisionPolicy(**low, cast_forward_inputs=False)
         if config.offload:
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=ranks.device.type != "cpu")
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=device != "cpu")
         for module in modules:
             for part in module.children():
                 for block in part if isinstance(part, nn.ModuleList) else ():
@@ -190,16 +191,13 @@ class Shards(Parallel):
             module.set_reshard_after_backward(self.lockstep)
 
     def gather(self) -> None:
-        """Gathers all weights anew, block by block, unless every call does."""
-        for part in self._parts() if not self.lockstep else ():
+        """Gathers trained weights anew and frozen ones once, unless every call does."""
+        if self.lockstep:
+            return
+        for part in _parts(self._modules[:1]):
             part.reshard()
+        for part in _parts(self._modules):
             part.unshard()
-
-    def _parts(self) -> list[Any]:
-        """Everything that is gathered as one; frozen weights never change, but are few calls."""
-        from torch.distributed.fsdp import FSDPModule
-
-        return [p for m in self._modules for p in m.modules() if isinstance(p, FSDPModule)]
 
     def reduce(self, parameters: Sequence[Tensor], zero_pass: Callable[[], None]) -> None:
         """Reduces and scatters what has added up, in the backward of the pass of zero weight."""
@@ -208,9 +206,16 @@ class Shards(Parallel):
             module.set_requires_gradient_sync(True)
             module.set_reshard_after_backward(True)
         self._ranks.collect(zero_pass)
-        for part in self._parts():
+        for part in _parts(self._modules[:1]):
             part.reshard()
         self._keep_whole()
+
+
+def _parts(modules: Sequence[nn.Module]) -> list[Any]:
+    """Returns everything that is gathered as one; what is gathered already stays."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 def spread(config: ParallelConfig, modules: Sequence[nn.Module], ranks: Ranks) -> Parallel:

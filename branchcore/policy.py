@@ -52,6 +52,7 @@ class Policy:
         self.ranks = ranks
         if not any(p.requires_grad for p in model.module.parameters()):
             raise ValueError("Trainer: module must have trainable parameters, got none")
+        self.device = next(model.module.parameters()).device
         frozen = getattr(model, "frozen", None)
         modules = [model.module, *([] if frozen is None else [frozen])]
         self.parallel = spread(parallel, modules, ranks)
@@ -64,7 +65,6 @@ class Policy:
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-        self.device = self.masters.parameters[0].device if ranks.alone else ranks.device
         average = partial(Ema, model.module, masters=self.masters)
         self.ema = None if config.ema_decay is None else average(config.ema_decay)
         self.sampler = None if recipe.sampler_decay is None else average(0.0, starts_as_copy=True)

@@ -6,7 +6,6 @@ every pass. The weights multiply: recipe's pruner, prompt, parent. Letters: M ro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from branchcore.coins import Coins, Weights
 from branchcore.credit import Floats
 from branchcore.distributed import Ranks
 from branchcore.gradient import live_edges
+from branchcore.history import History, Seen
 from branchcore.leaf_weights import edge_weight
 from branchcore.noise import PRUNING, host_generator
 from branchcore.packing import balanced_chunks
@@ -30,9 +30,6 @@ from branchcore.pruning_sums import Sums
 from branchcore.recipes.recipe import Recipe
 from branchcore.stages import Batch
 from branchcore.unbiased import Kept, Units
-
-_MEMORY = 0.5
-"""Share of its past that a prompt's running score keeps."""
 
 
 class Draw(NamedTuple):
@@ -67,10 +64,8 @@ class Pruning:
 
     def __init__(self, config: PruningConfig, recipe: Recipe, seed: int) -> None:
         self.config, self.recipe, self.seed = config, recipe, seed
-        self.history: dict[int, float] = {}
-        """Running mean |advantage| of every prompt index seen."""
-        self.steps: dict[int, float] = {}
-        """Running mean squared advantage of the trained edges at every depth seen."""
+        self.past = History()
+        """What prompts and steps were worth."""
         self.spread = PooledSpread(recipe, config.prompts)
         """The std over all prompts that the credit takes, if it takes one."""
 
@@ -113,11 +108,12 @@ class Pruning:
             indices: (P,) index in the data set of every uid 0..P - 1.
             iteration: of the run.
         """
-        known = [self.history[i] for i in indices.tolist() if i in self.history]
+        prompts = self.past.means["prompts"]
+        known = [prompts[i] for i in indices.tolist() if i in prompts]
         bar = (1.0 - 1e-6) * float(np.mean(known)) if known else 0.0
         weight: dict[int, float] = {}
         for uid, index in enumerate(indices.tolist()):
-            low = self.config.prompts > 0.0 and self.history.get(index, bar) < bar
+            low = self.config.prompts > 0.0 and prompts.get(index, bar) < bar
             rate = self.config.prompts if low else 0.0
             if host_generator(self.seed, iteration, uid, PRUNING).random() >= rate:
                 weight[uid] = 1.0 / (1.0 - rate)
@@ -125,11 +121,7 @@ class Pruning:
 
     def state(self) -> dict[str, Any]:
         """Returns what is remembered of prompts, steps and the spread, ready for JSON."""
-        means = {
-            name: {str(key): value for key, value in known.items()}
-            for name, known in (("prompts", self.history), ("steps", self.steps))
-        }
-        return {**means, "spread": self.spread.state()}
+        return {**self.past.state(), "spread": self.spread.state()}
 
     def load(self, state: Mapping[str, Any], where: Path | str) -> None:
         """Takes a state back.
@@ -137,32 +129,23 @@ class Pruning:
         Raises:
             ValueError: it is damaged; names `where`.
         """
-        for name, into in (("prompts", self.history), ("steps", self.steps)):
-            into.clear()
-            for key, value in state[name].items():
-                if not (key.isdecimal() and isinstance(value, float) and 0.0 <= value < math.inf):
-                    raise ValueError(
-                        f"Pruning: {where} must hold a number >= 0 per key of {name}, got "
-                        f"{value!r} for {key!r}"
-                    )
-                into[int(key)] = value
+        self.past.load(state, where)
         self.spread.load(state["spread"], where)
 
     def remember(self, indices: Ints, batches: Sequence[Batch], ranks: Ranks | None = None) -> None:
-        """Updates the running means with all trained edges that any process has rolled out."""
-        seen = Seen({}, {})
+        """Updates what is remembered with all trained edges that any process has rolled out."""
+        if not (self.config.prompts or self.config.rule == "history"):
+            return
+        seen = Seen()
         for batch in batches:
             plan, edges = batch.forest.plan, batch.forest.plan.trained()
             weight = edge_weight(plan, batch.leaf_weight)[edges]
             size = batch.credit.advantage[edges].sum(1)
             if self.config.prompts:
-                seen.add(seen.prompts, indices[[*batch.uids]][plan.prompt[edges]], weight * size)
+                seen.add("prompts", indices[[*batch.uids]][plan.prompt[edges]], weight * size)
             if self.config.rule == "history":
-                seen.add(seen.steps, plan.depth[edges], weight * size**2)
-        if self.config.prompts or self.config.rule == "history":
-            every = (ranks or Ranks()).gather(seen)
-            _remember(self.history, [one.prompts for one in every])
-            _remember(self.steps, [one.steps for one in every])
+                seen.add("steps", plan.depth[edges], weight * size**2)
+        self.past.remember((ranks or Ranks()).gather(seen))
 
     def weigh(self, batch: Batch, prompt_weight: Mapping[int, float]) -> Batch:
         """Returns a batch with the weights of its prompts and of a biased pruner multiplied in."""
@@ -261,7 +244,8 @@ class Pruning:
         if self.config.rule == "uniform":
             return self._optimal(units, np.zeros(len(every)), every)
         slope_E = self.recipe.objective.slope(plan, units.edges)
-        size_E = np.array([self.steps.get(int(d), 1.0) for d in plan.depth[units.edges]])
+        steps = self.past.means["steps"]
+        size_E = np.array([steps.get(int(d), 1.0) for d in plan.depth[units.edges]])
         norm2 = np.zeros(len(every))
         np.add.at(norm2, units.owner, slope_E**2 * size_E * (plan.mix[units.edges] ** 2).sum(1))
         return self._optimal(units, norm2, every)
@@ -292,26 +276,3 @@ class Pruning:
         kept = unbiased.fixed(p, coin, units.prompt) if fix else unbiased.bernoulli(p, coin)
         most = self.config.cap
         return kept if most is None else Kept(np.minimum(kept.weight, most), kept.probability)
-
-
-class Seen(NamedTuple):
-    """Count and sum of what was seen of every prompt and step."""
-
-    prompts: dict[int, tuple[int, float]]
-    steps: dict[int, tuple[int, float]]
-
-    @staticmethod
-    def add(into: dict[int, tuple[int, float]], key_n: Ints, value_n: Floats) -> None:
-        """Adds some values under their keys."""
-        for key in np.unique(key_n).tolist():
-            mine = value_n[key_n == key]
-            count, total = into.get(key, (0, 0.0))
-            into[key] = count + len(mine), total + float(mine.sum())
-
-
-def _remember(known: dict[int, float], seen: Sequence[Mapping[int, tuple[int, float]]]) -> None:
-    """Moves the running mean of every key that was seen towards the mean of its values."""
-    for key in sorted({key for one in seen for key in one}):
-        found = [one[key] for one in seen if key in one]
-        now = sum(total for _, total in found) / sum(count for count, _ in found)
-        known[key] = _MEMORY * known.get(key, now) + (1.0 - _MEMORY) * now

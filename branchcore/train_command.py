@@ -172,7 +172,7 @@ def _follow(metrics: Metrics, trainer: Trainer, task: tasks.TrainTask, out: Path
 
 
 def _conclude(trainer: Trainer, out: Path) -> None:
-    if trainer.preemption.asked and trainer.iteration < trainer.config.iterations:
+    if trainer.iteration < trainer.config.iterations:
         print(f"stopped by SIGTERM after iteration {trainer.iteration}; continue with --resume")
         return
     written = [name for name in tasks.OUTPUTS if (out / name).exists()]

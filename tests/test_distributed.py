@@ -142,10 +142,12 @@ def gradient(ranks, options):
     for _ in range(2):
         model.module.zero_grad()
         if parallel.lockstep and not part:
-            idle_passes(model, 3, ranks.device, torch.float64)
+            idle_passes(model, 3, torch.device("cpu"), torch.float64)
         parallel.gather()
         waves(model, part, 5.0 / parallel.share)
-        parallel.reduce(parameters, lambda: idle_passes(model, 1, ranks.device, torch.float64))
+        parallel.reduce(
+            parameters, lambda: idle_passes(model, 1, torch.device("cpu"), torch.float64)
+        )
         norms.append(float(parallel.grad_norm(parameters, 1e9)))
     grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in parameters]
     return torch.cat([g.flatten() for g in grads]).numpy(), norms, type(parallel).__name__

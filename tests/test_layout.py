@@ -61,6 +61,7 @@ LAYERS = [
         "parallel",
         "trainer_config",
         "pruning",
+        "history",
         "pruning_config",
         "pruning_sums",
         "stopping",

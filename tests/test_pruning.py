@@ -272,13 +272,13 @@ def test_history_is_a_running_mean_of_the_advantages(toy):
     now = [size[plan.train & (plan.prompt == q)].mean() for q in (0, 1)]
     indices = np.array([7, 8, 9])
     pruning.remember(indices, [batch])
-    assert pruning.history == pytest.approx({7: now[0], 9: now[1]})
+    assert pruning.past.means["prompts"] == pytest.approx({7: now[0], 9: now[1]})
     credit = EdgeCredit(3.0 * batch.credit.advantage, batch.credit.value)
     pruning.remember(indices, [batch._replace(credit=credit)])
-    assert pruning.history == pytest.approx({7: 2 * now[0], 9: 2 * now[1]})
+    assert pruning.past.means["prompts"] == pytest.approx({7: 2 * now[0], 9: 2 * now[1]})
     again = Pruning(PruningConfig(prompts=0.5), recipe, seed=2)
     again.load(json.loads(json.dumps(pruning.state())), "state.json")
-    assert again.history == pruning.history
+    assert again.past.means["prompts"] == pruning.past.means["prompts"]
 
 
 def test_a_biased_pruner_by_name_and_a_cap(toy):
@@ -349,15 +349,15 @@ def test_history_gives_more_coins_to_steps_with_more_gradient(toy):
     pruning.remember(np.array([0] * 10), [batch])
     a2 = batch.credit.advantage[edges].sum(1) ** 2
     for d in by_depth:
-        assert pruning.steps[d] == pytest.approx(a2[plan.depth[edges] == d].mean())
-    pruning.steps = {d: (1.0 if d == 1 else 0.0) for d in by_depth}
+        assert pruning.past.means["steps"][d] == pytest.approx(a2[plan.depth[edges] == d].mean())
+    pruning.past.means["steps"] = {d: (1.0 if d == 1 else 0.0) for d in by_depth}
     after = probabilities()
     roots = plan.depth[units.node] == 0
     assert (after[roots] == 1.0).all()
     assert after[~roots].max() < 0.6
     again = Pruning(pruning.config, recipe, 5)
     again.load(json.loads(json.dumps(pruning.state())), "state.json")
-    assert again.steps == pruning.steps
+    assert again.past.means["steps"] == pruning.past.means["steps"]
 
 
 def test_what_is_known_before_the_rollout_stays_off_the_tape(toy):

@@ -89,11 +89,14 @@ def test_pruned_training_resumes_bit_for_bit_with_its_history(toy, tmp_path):
         rest = run(toy, out, prune, resume=True)
         assert rows(out) == logged
         assert torch.equal(weights(rest), weights(whole))
-        assert rest.learner.pruning.history == whole.learner.pruning.history
+        assert (
+            rest.learner.pruning.past.means["prompts"]
+            == whole.learner.pruning.past.means["prompts"]
+        )
     state = tmp_path / "whole" / "checkpoint-000004" / "state.json"
     known = json.loads(state.read_text())
     assert known["pruning"]["prompts"] == {
-        str(k): v for k, v in whole.learner.pruning.history.items()
+        str(k): v for k, v in whole.learner.pruning.past.means["prompts"].items()
     }
     assert known["pruning"]["steps"] == {}
     state.write_text(json.dumps(known | {"pruning": known["pruning"] | {"prompts": {"0": -1.0}}}))
@@ -105,7 +108,7 @@ def test_dropped_prompts_cost_no_rollout_and_stay_in_the_normaliser(toy, tmp_pat
     recipe = dance()
     pruning = Pruning(PruningConfig(prompts=0.6), recipe, seed=2)
     indices = np.arange(6)
-    pruning.history = dict(enumerate([0.0, 1.0, 0.9, 0.0, 0.0, 1.0]))
+    pruning.past.means["prompts"] = dict(enumerate([0.0, 1.0, 0.9, 0.0, 0.0, 1.0]))
     seen = set()
     for iteration in range(30):
         draw = pruning.draw(indices, iteration, per_round=2)
@@ -118,9 +121,9 @@ def test_dropped_prompts_cost_no_rollout_and_stay_in_the_normaliser(toy, tmp_pat
             every = recipe.plan(range(6), seed=2, iteration=iteration)
             assert draw.planned == [len(every.trained(u)) for u in range(3)]
     assert len(seen) >= 6
-    pruning.history = {0: 0.5, 3: 0.5}
+    pruning.past.means["prompts"] = {0: 0.5, 3: 0.5}
     assert len(pruning.draw(indices, 0).weight) == 6
-    pruning.history = {}
+    pruning.past.means["prompts"] = {}
     assert len(pruning.draw(indices, 0).weight) == 6
 
 

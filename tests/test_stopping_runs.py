@@ -245,7 +245,9 @@ def test_the_history_of_prompts_counts_what_was_stopped(toy):
     size = batch.weight * batch.credit.advantage.sum(1)
     for prompt, index in ((0, 7), (1, 8)):
         edges = plan.train & (plan.prompt == prompt)
-        assert pruning.history[index] == pytest.approx(size[edges].sum() / edges.sum())
+        assert pruning.past.means["prompts"][index] == pytest.approx(
+            size[edges].sum() / edges.sum()
+        )
 
 
 def test_settings_of_the_command_line(capsys):
