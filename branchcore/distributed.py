@@ -126,15 +126,39 @@ class Ranks:
         """
         if self.alone:
             return
-        try:
+        with self.collecting(f"all {self.world_size} processes must take part"):
             collective()
+
+    @contextmanager
+    def collecting(self, rule: str = "") -> Generator[None]:
+        """A block with collectives of torch's own, calls of sharded models, say.
+
+        Args:
+            rule: every RuntimeError in the block is a failed collective; "" = only those for which
+                another process went or is gone.
+
+        Raises:
+            RankError: another process is gone or does not answer.
+        """
+        try:
+            yield
         except (RuntimeError, dist.DistError) as error:
-            gone = [] if self._heartbeat is None else self._heartbeat.gone()
-            who = f"rank {', '.join(map(str, gone))} is gone" if gone else "a rank does not answer"
-            raise RankError(
-                f"Ranks: all {self.world_size} processes must take part, but {who}; continue with "
-                f"--resume auto ({str(error).splitlines()[0]})"
-            ) from error
+            cause = None if self.alone or was_agreed(error) else self._cause()
+            if isinstance(error, RankError) or not (cause or rule):
+                raise
+            text = cause or f"Ranks: {rule}, but a rank does not answer"
+            line = str(error).splitlines()[0]
+            raise RankError(f"{text}; continue with --resume auto ({line})") from error
+
+    def _cause(self) -> str:
+        """Returns why another process went, or who is gone; empty if all are there."""
+        if self._heartbeat is None:
+            return ""
+        if self._heartbeat.left is not None:
+            return "rank {}: {}".format(*self._heartbeat.left)
+        gone = self._heartbeat.gone()
+        who = f"rank {', '.join(map(str, gone))} is gone"
+        return f"Ranks: all {self.world_size} processes must take part, but {who}" if gone else ""
 
 
 _EVERYWHERE = "raised_on_every_process"
@@ -199,8 +223,16 @@ def joined(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Generator
     )  # fmt: skip
     heartbeat = Heartbeat(PrefixStore("alive", store), rank, world_size)
     heartbeat.start()
+    goes = False
     try:
         yield Ranks(heartbeat, timeout_s)
+    except Exception as error:
+        goes = not (was_agreed(error) or isinstance(error, RankError))
+        if goes:
+            heartbeat.announce(f"{type(error).__name__}: {error}")
+        raise
     finally:
+        if goes:
+            heartbeat.wait_until_heard()
         heartbeat.stop()
         dist.destroy_process_group()

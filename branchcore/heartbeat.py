@@ -24,6 +24,8 @@ class Heartbeat:
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
+        self.left: tuple[int, str] | None = None
+        """The first rank that went for a reason, and the reason."""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -37,10 +39,31 @@ class Heartbeat:
         self._done.set()
         self._thread.join()
 
+    def announce(self, text: str) -> None:
+        """Leaves the reason for which this process goes; the first one counts."""
+        try:
+            if self._store.add("leaving", 1) == 1:
+                self._store.set("reason", f"{self._rank} {text}")
+        except RuntimeError:  # the store is gone, and everybody with it
+            return
+
+    def wait_until_heard(self, within_s: float = SILENT_S) -> None:
+        """Waits until all have read why this process goes: the store may go with it."""
+        end = time.monotonic() + within_s
+        try:
+            while time.monotonic() < end and self._store.add("heard", 0) < self._world_size:
+                time.sleep(EVERY_S / 20)
+        except RuntimeError:
+            return
+
     def _beat(self) -> None:
         while not self._done.wait(EVERY_S):
             try:
                 self._store.add(str(self._rank), 1)
+                if self.left is None and self._store.add("leaving", 0):
+                    rank, _, text = self._store.get("reason").decode().partition(" ")
+                    self.left = int(rank), text
+                    self._store.add("heard", 1)
             except RuntimeError:  # the store's host is gone, and this process's collectives fail
                 return
 

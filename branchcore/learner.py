@@ -7,15 +7,15 @@ one process meets nobody.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from branchcore import stages
-from branchcore.distributed import Ranks, agreed, was_agreed
+from branchcore.distributed import Ranks, agreed
 from branchcore.gradient import Anchor, Statistics
 from branchcore.ledger import Ledger
 from branchcore.metrics import iteration_metrics
@@ -34,7 +34,6 @@ from branchcore.stages import Batch, Grown, accumulate
 from branchcore.stopping import stopping_of
 from branchcore.trainer_config import TrainerConfig
 
-T = TypeVar("T")
 for _kind in (RewardFailure, NoRetry, NoMapping):
     agreed(_kind)
 
@@ -91,7 +90,7 @@ class Learner(Policy):
         """
         self.watch.begin()
         try:
-            with self.masters.receiving():
+            with self.ranks.collecting(), self.masters.receiving():
                 batches, total, norms = self._updates(iteration)
         except Exception as error:
             self.forget_gradients(reduce=isinstance(error, BadUpdate))
@@ -120,7 +119,7 @@ class Learner(Policy):
         indices = stages.prompt_indices(*sizes, seed=self.config.seed, iteration=iteration)
         draw = self.pruning.draw(indices, iteration, self.config.prompts_per_round, self.ranks)
         self.ledger.open(draw, iteration)
-        batches, total = self._together(lambda: self._first_update(draw, iteration))
+        batches, total = self.together(lambda: self._first_update(draw, iteration))
         self._agree_on_names(batches)
         scores = [batch.scores for batch in batches]
         check_masked(scores, self.config.reward_max_failed, self.ranks.sum)
@@ -129,23 +128,10 @@ class Learner(Policy):
             norms += self._fast_steps(start, draw, batches, iteration)
         for update in range(1, self.recipe.updates):
             one = partial(self._later_pass, draw, batches, update, update)
-            total = total.plus(self._together(one))
+            total = total.plus(self.together(one))
             norms.append(self.optimizer_step(update, iteration))
         self.ledger.close(batches)
         return batches, total, norms
-
-    def _together(self, stage: Callable[[], T]) -> T:
-        """Runs a stage; what one process raises in it, all raise."""
-        error, result = None, None
-        try:
-            result = stage()
-        except Exception as found:
-            if was_agreed(found):
-                raise
-            bad = isinstance(found, FloatingPointError)
-            error = BadUpdate(str(found)) if bad else found
-        self.ranks.agree(error)
-        return result  # pyright: ignore[reportReturnType]
 
     def _agree_on_names(self, batches: Sequence[Batch]) -> None:
         """Tells processes without prompts what the reward's components are."""
@@ -160,6 +146,7 @@ class Learner(Policy):
         A std over all prompts of several rounds or processes is known after the last of them: all
         rounds are then grown before the first backward, on no tape if there are several.
         """
+        self.in_step(self._may_stop)
         self.parallel.gather()
         missing = self.pace.missing_rounds(len(draw.rounds))
         spread, weights = self.pruning.spread, self.config.reward_weights
@@ -173,13 +160,12 @@ class Learner(Policy):
         batches: list[Batch] = []
         total = Statistics.zero(self.device)
         with closing(done):
-            scored, recipe = done, spread.credited()
+            scored = (self.in_step(partial(self._next, done)) for _ in draw.rounds)
+            recipe = spread.credited()
             if crosses:
-                scored = self._together(lambda: list(done))  # before the others sum up theirs
-                self._idle_rounds(missing)
-                recipe = spread.credited(scored, weights, self.ranks)
+                whole = self.together(partial(self._whole, scored, missing))
+                scored, recipe = iter(whole), spread.credited(whole, weights, self.ranks)
             for batch in scored:
-                self._may_stop()
                 with clock("credit"):
                     known = stages.credited(
                         batch, recipe, iteration=iteration, reward_weights=weights
@@ -188,15 +174,31 @@ class Learner(Policy):
                 batches.append(self.pruning.weigh(known, draw.weight))
                 total = total.plus(self._pass(draw, batches[-1:]))
         for _ in range(missing):
-            self._idle_rounds(0 if crosses else 1)
+            if not crosses:
+                self._idle_round()
             self.pace.passes(0)
         return batches, total
 
-    def _idle_rounds(self, count: int) -> None:
-        """Goes along with the rollouts of rounds that this process has not."""
-        for _ in range(count):
-            with self.sampling():
-                self.pace.make_up(self.pace.missing_calls(0))
+    def _next(self, rounds: Generator[Batch]) -> Batch:
+        """Returns the next scored round, unless the run is to stop."""
+        batch = next(rounds)
+        self._may_stop()
+        return batch
+
+    def _whole(self, rounds: Iterable[Batch], missing: int) -> list[Batch]:
+        """Returns all rounds, after those that other processes have beyond."""
+        batches = list(rounds)
+        for _ in range(missing):
+            self._idle_round()
+        return batches
+
+    def _idle_round(self) -> None:
+        """Goes along with the rollout and the scoring of a round that this process has not."""
+        calls = self.pace.missing_calls(0)
+        with self.sampling(), self.pace.calling(calls):
+            pass
+        self.in_step(lambda: None)  # rollout
+        self.in_step(lambda: None)  # scores
 
     def _measure_floor(self, batch: Batch) -> None:
         """Measures the noise floor once, where a call more on one process is no matter."""
@@ -209,32 +211,35 @@ class Learner(Policy):
     ) -> Grown:
         """Grows a round with the policy that samples."""
         config = self.config
-        self._may_stop()
         stored = True if self.sampler or config.fast_steps else None
         stored = stored if self.recipe.objective.anchor == "policy" else False
         calls = num_calls(plan, max_batch=config.max_batch, keep_velocity=stored)
         missing = self.pace.missing_calls(calls)
-        with self.sampling():
-            grown = stages.grow(
-                plan,
-                self.model,
-                self.recipe,
-                [self.prompts[i] for i in draw.indices[[*uids]]],
-                uids,
-                seed=config.seed,
-                iteration=iteration,
-                tape=tape,
-                max_batch=config.max_batch,
-                keep_velocity=stored,
-                off_tape=self.pruning.ahead(plan, uids, iteration),
-                masked_backward=self.pruning.late,
-                stopping=self.stopping,
-                dtype=self.pace.dtype,
-                device=self.device,
-                clock=self.watch.clock,
-            )
-            self.pace.make_up(missing, grown.model)
-        return grown
+        grow = partial(
+            stages.grow,
+            plan,
+            self.model,
+            self.recipe,
+            [self.prompts[i] for i in draw.indices[[*uids]]],
+            uids,
+            seed=config.seed,
+            iteration=iteration,
+            tape=tape,
+            max_batch=config.max_batch,
+            keep_velocity=stored,
+            off_tape=self.pruning.ahead(plan, uids, iteration),
+            masked_backward=self.pruning.late,
+            stopping=self.stopping,
+            dtype=self.pace.dtype,
+            device=self.device,
+            clock=self.watch.clock,
+        )
+        return self.in_step(partial(self._sampled, grow, missing), FloatingPointError)
+
+    def _sampled(self, grow: Callable[[], Grown], missing: int) -> Grown:
+        """Grows a round with the weights that sample, and goes along with missing calls."""
+        with self.sampling(), self.pace.calling(missing):
+            return grow()
 
     def _pass(
         self, draw: Draw, batches: Sequence[Batch], update: int = 0, inner: int = 0
@@ -280,7 +285,7 @@ class Learner(Policy):
         norms: list[torch.Tensor] = []
         share, limit = self.config.fast_share, self.config.fast_limit
         for inner in range(1, self.config.fast_steps):
-            ratio = self._together(partial(self._later_pass, draw, batches, 0, inner)).ratio
+            ratio = self.together(partial(self._later_pass, draw, batches, 0, inner)).ratio
             norms.append(self.optimizer_step(0, iteration))
             if limit < math.inf:
                 mine = torch.stack([ratio.sum_abs_dev, ratio.edges]).double().cpu().numpy()
@@ -288,5 +293,5 @@ class Learner(Policy):
                 share = 0.0 if deviation > limit * edges else self.config.fast_share
         before.go_back(share)
         self.masters.write()
-        self._together(partial(self._later_pass, draw, batches, 0, self.config.fast_steps))
+        self.together(partial(self._later_pass, draw, batches, 0, self.config.fast_steps))
         return [*norms, self.optimizer_step(0, iteration)]

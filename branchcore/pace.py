@@ -1,12 +1,15 @@
 """Keeps the processes of a run in step: where weights are sharded, all make the same calls.
 
 A process that has fewer rounds, calls or passes than another makes up for them with calls of one
-row and weight 0. All numbers are agreed before what they are about, never in its middle.
+row and weight 0. All numbers are agreed before what they are about, never in its middle. Errors
+are agreed where all processes have made the same calls; an error elsewhere ends its process, and
+with it the others (`Ranks.collect`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -48,20 +51,32 @@ class Pace:
         """Returns the model with some prompt."""
         return self.model.with_prompts(self.prompts)
 
+    @property
+    def in_step(self) -> bool:
+        """Weights are gathered in every round: all processes must go through it together."""
+        lags = self.recipe.sampler_decay is not None
+        return self.parallel.lockstep or (self.parallel.sharded and lags)
+
     def missing_rounds(self, mine: int) -> int:
         """Returns how many rounds of other processes this one has to go along with."""
-        lags = self.recipe.sampler_decay is not None
-        together = self.parallel.lockstep or (self.parallel.sharded and lags)
-        return self.ranks.most([mine])[0] - mine if together else 0
+        return self.ranks.most([mine])[0] - mine if self.in_step else 0
 
     def missing_calls(self, mine: int) -> int:
         """Returns the calls of a round that others make beyond those of this process."""
         return self.ranks.most([mine])[0] - mine if self.parallel.lockstep else 0
 
-    def make_up(self, calls: int, model: VelocityModel | None = None) -> None:
-        """Makes so many calls without a gradient."""
-        if calls:
-            idle_calls(model or self.view(), calls, self.device, self.dtype)
+    @contextmanager
+    def calling(self, missing: int) -> Generator[None]:
+        """A block of calls after which this process makes so many more, without a gradient.
+
+        It makes them too where velocities are not finite, which is known after the last call.
+        """
+        try:
+            yield
+        except FloatingPointError:
+            idle_calls(self.view(), missing, self.device, self.dtype)
+            raise
+        idle_calls(self.view(), missing, self.device, self.dtype)
 
     def passes(self, mine: int) -> int:
         """Returns the passes of every process; makes them all itself if this one has none."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import TypeVar
 
 import torch
 
-from branchcore.distributed import Ranks, agreed
+from branchcore.distributed import Ranks, agreed, was_agreed
 from branchcore.ema import Ema
 from branchcore.masters import Masters
 from branchcore.model import Model
@@ -17,6 +18,10 @@ from branchcore.parallel import ParallelConfig, spread
 from branchcore.recipes.recipe import Recipe
 from branchcore.trainer_config import TrainerConfig
 from branchcore.watch import Watch, timed
+
+T = TypeVar("T")
+_OUT_OF_STEP = "out_of_step"
+"""Marks an error from the middle of calls: no process around it can agree on it any more."""
 
 
 @agreed
@@ -73,6 +78,35 @@ class Policy:
         self.watch = Watch(self.device, recipe)
         self.pace = Pace(ranks, self.parallel, model, prompts, recipe, self.device)
 
+    def together(self, stage: Callable[[], T]) -> T:
+        """Runs a stage that every process goes through on its own; what one raises, all raise.
+
+        Where all go in step, there is no such stage: `in_step` has the places to agree.
+        """
+        return stage() if self.pace.in_step else self._agreed(stage)
+
+    def in_step(self, part: Callable[[], T], kind: type[Exception] = Exception) -> T:
+        """Runs a part of a stage; what one process raises in it, all raise there.
+
+        Args:
+            part: makes no collective call, or all of them even if it then raises a `kind`.
+            kind: other errors come from the middle of the calls and end this process.
+        """
+        return self._agreed(part, kind) if self.pace.in_step else part()
+
+    def _agreed(self, stage: Callable[[], T], kind: type[Exception] = Exception) -> T:
+        error, result = None, None
+        try:
+            result = stage()
+        except Exception as found:
+            alone = vars(found).setdefault(_OUT_OF_STEP, not isinstance(found, kind))
+            if alone or was_agreed(found):
+                raise
+            bad = isinstance(found, FloatingPointError)
+            error = BadUpdate(str(found)) if bad else found
+        self.ranks.agree(error)
+        return result  # pyright: ignore[reportReturnType]
+
     @timed("optimizer")
     def optimizer_step(self, update: int, iteration: int) -> torch.Tensor:
         """Brings the gradients together and takes the step, on every process the same."""
@@ -122,7 +156,9 @@ class Policy:
         if self.sampler is None:
             yield
             return
-        with self.sampler.applied():
+        try:
+            with self.sampler.applied():
+                self.parallel.gather()
+                yield
+        finally:
             self.parallel.gather()
-            yield
-        self.parallel.gather()

@@ -88,13 +88,19 @@ class Outcome(NamedTuple):
     preempted: bool
 
 
-def build(out, ranks=None, the_reward=reward, resume=False, callbacks=(), **options):
+REPLICATE = ParallelConfig(kind="replicate")
+RESHARD = ParallelConfig(kind="shard", reshard=True)
+
+
+def build(
+    out, ranks=None, the_reward=reward, resume=False, callbacks=(), parallel=REPLICATE, **options
+):
     config = dataclasses.replace(CONFIG, **options)
     recipe = recipes.branch_mix(SG, splits=(0, 1), window=0, eta=0.7, kl=0.05)
     trainer = Trainer(
         Toy(), PROMPTS, the_reward, recipe, config, out,
         callbacks=callbacks, resume=resume, ranks=ranks,
-        parallel=ParallelConfig(kind="replicate"),
+        parallel=parallel,
     )  # fmt: skip
     trainer.learner.pace.dtype = torch.float64
     return trainer
@@ -104,6 +110,18 @@ def rows(out):
     log = Path(out) / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []
     return [repeatable(json.loads(line)) for line in lines]
+
+
+def weights(trainer):
+    """Everything in one row; a collective where weights are sharded, empty if it fails."""
+    try:
+        whole = [
+            p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+            for p in trainer.model.module.parameters()
+        ]
+    except RuntimeError:
+        return np.zeros(0)
+    return torch.cat([p.detach().flatten() for p in whole]).numpy().copy()
 
 
 def finish(trainer):
@@ -117,7 +135,7 @@ def finish(trainer):
     return Outcome(
         error,
         rows(trainer.folder.path),
-        torch.cat([p.detach().flatten() for p in trainer.model.module.parameters()]).numpy().copy(),
+        weights(trainer),
         -1 if newest is None else int(newest.name.split("-")[-1]),
         trainer.preemption.asked,
     )
@@ -216,6 +234,52 @@ def bad_rewards(ranks, out):
         found[name] = finish(trainer), kept.scores, faulty.hangs
         ranks.gather(None)
     return found
+
+
+IN_STEP = {
+    "velocity": {},
+    "velocity, skipped": {"bad_updates": 2},
+    "for good": {"reward_attempts": 1},
+    "twice": {},
+    "leaf": {"reward_max_failed": 0.5},
+}
+
+
+def in_step(ranks, out, rounds):
+    """Faults on rank 1 where weights are gathered for every call."""
+    waiting.pause = lambda seconds: None
+    found = {}
+    for name, options in {"quiet": {}, **IN_STEP}.items():
+        make = CASES[name][0] if name in CASES and ranks.rank == 1 else lambda: Faulty("none")
+        faulty = make()
+        options = {"prompts_per_round": rounds, "prompts_per_iteration": 5, **options}
+        trainer = build(Path(out) / name, ranks, faulty, parallel=RESHARD, **options)
+        faulty.trainer = trainer
+        bad_velocity(trainer, name.startswith("velocity") and ranks.rank == 1, {BAD})
+        found[name] = finish(trainer)
+        ranks.gather(None)
+    return found
+
+
+def failing_call(ranks, out, where, parallel):
+    """An error in the middle of the calls of rank 1, which nobody expects there."""
+    trainer = build(Path(out) / "run", ranks, parallel=parallel)
+    calls = [0]
+
+    def spoil(v):
+        calls[0] += trainer.iteration == BAD and v.requires_grad == (where == "update")
+        if calls[0] == 2 and ranks.rank == 1:
+            raise MemoryError("no room")
+        return v
+
+    trainer.model.spoil = spoil
+    start = time.monotonic()
+    try:
+        trainer.run()
+    except Exception as error:
+        left = time.monotonic() - start
+        newest = checkpoint.latest(trainer.folder.path)
+        raise type(error)(f"{error} [{newest}, {left:.0f} s]") from error
 
 
 def bad_logs(ranks, out):

@@ -116,6 +116,42 @@ def test_a_leaf_without_a_score_is_masked_on_its_rank(rewards):
         assert np.isfinite(outcome.weights).all()
 
 
+@pytest.mark.parametrize("rounds", [None, 1])
+def test_ranks_in_step_agree_after_their_last_call(rounds, tmp_path):
+    found = processes.values(2, rank_faults.in_step, tmp_path, rounds)
+    quiet = found[0]["quiet"]
+    assert (quiet.error, quiet.newest) == ("", CONFIG.iterations)
+    for name in rank_faults.IN_STEP:
+        a, b = (rank[name] for rank in found)
+        assert a.error == b.error, name
+        np.testing.assert_array_equal(a.weights, b.weights)
+        ends = name in ("velocity", "for good")
+        assert (a.error != "") == ends, (name, a.error)
+        assert a.newest == (BAD if ends else CONFIG.iterations)
+    assert found[0]["velocity"].error.startswith("BadUpdate: rank 1: rollout: velocity must be")
+    assert found[0]["for good"].error.startswith("RewardFailure: rank 1: reward: must score ")
+    assert [row["skipped_updates"] for row in found[0]["velocity, skipped"].rows] == [0, 1, 1, 1]
+    assert found[0]["twice"].rows == quiet.rows
+    np.testing.assert_array_equal(found[0]["twice"].weights, quiet.weights)
+    assert [row["masked_leaves"] for row in found[0]["leaf"].rows] == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("where", ["rollout", "update"])
+@pytest.mark.parametrize("parallel", [rank_faults.REPLICATE, rank_faults.RESHARD])
+def test_an_error_in_a_call_ends_all_ranks_and_is_named(where, parallel, tmp_path):
+    if where == "update" and parallel == rank_faults.REPLICATE:
+        where = "rollout"  # on a tape the rollout's calls are the update's
+    found = processes.run(2, rank_faults.failing_call, tmp_path, where, parallel, timeout_s=40.0)
+    assert "rank 1: " in found[0][1]
+    for ok, text in found:
+        assert not ok
+        assert "MemoryError" in text
+        assert "no room" in text
+        name, seconds = text.rpartition("[")[2].split(", ")
+        assert name.endswith(f"checkpoint-{BAD:06}")
+        assert float(seconds.split()[0]) < 15.0
+
+
 def test_what_rank_0_cannot_write_stops_all(tmp_path):
     for found in processes.values(2, rank_faults.bad_logs, tmp_path):
         assert found["log"].error.startswith("IsADirectoryError: rank 0: ")

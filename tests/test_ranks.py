@@ -62,9 +62,9 @@ def test_a_run_of_2_processes_goes_on_with_1_and_with_3(kind, tmp_path):
 
 
 def test_random_runs_neither_wait_for_each_other_nor_differ():
-    seeds, options = range(40), {"kind": "shard", "reshard": True}
+    seeds, options = range(200), {"kind": "shard", "reshard": True}
     wanted = ranked_plans.random_runs(Ranks(), seeds, {})
-    found = processes.values(3, ranked_plans.random_runs, seeds, options, timeout_s=60.0)
+    found = processes.values(3, ranked_plans.random_runs, seeds, options, timeout_s=120.0)
     for rank in found:
         for seed, got, alone in zip(seeds, rank, wanted, strict=True):
             try:
