@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from branchcore.credit import Floats
 from branchcore.heartbeat import Heartbeat
+from branchcore.meeting import meet
 
 T = TypeVar("T")
 TIMEOUT_S = 600.0
@@ -197,6 +198,7 @@ def joined(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Generator
 
     Raises:
         ValueError: timeout not positive.
+        TimeoutError: not all processes started.
         RuntimeError: fewer GPUs than processes on this machine.
     """
     if not timeout_s > 0.0:
@@ -216,6 +218,7 @@ def joined(device: str | None = None, timeout_s: float = TIMEOUT_S) -> Generator
         torch.cuda.set_device(chosen)
     store, rank, world_size = next(iter(rendezvous("env://")))
     limit = timedelta(seconds=timeout_s)
+    store = PrefixStore(meet(store, rank, world_size, timeout_s), store)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=PrefixStore("branchcore", store), rank=rank, world_size=world_size,

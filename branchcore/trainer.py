@@ -113,7 +113,7 @@ class Trainer:
 
         SIGTERM ends it early, with a checkpoint of what is finished; `preemption.asked` tells.
         """
-        with self.preemption.listening():
+        with self.preemption.listening(), self.ranks.collecting():
             try:
                 self._run()
             except Preempted:

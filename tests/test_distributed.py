@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 from branchcore.distributed import RankError, Ranks, joined
 from branchcore.idle import idle_calls, idle_passes
+from branchcore.meeting import meet
 from branchcore.parallel import Parallel, ParallelConfig, spread
 
 
@@ -201,3 +203,42 @@ def uneven(ranks):
 def test_shards_must_divide_the_processes():
     found = processes.run(3, uneven)
     assert all("shards must divide the 3 processes, got 2" in text for _, text in found)
+
+
+# where processes meet ----------------------------------------------------------------------------
+
+
+def meetings(store, order, world_size=3, timeout_s=5.0):
+    """Lets ranks, in threads, meet in a store one after the other; returns what each got."""
+    found = {}
+
+    def come(rank):
+        try:
+            found[rank] = meet(store, rank, world_size, timeout_s)
+        except TimeoutError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in order]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_processes_that_start_again_meet_where_no_earlier_ones_were(order):
+    store = torch.distributed.HashStore()
+    places = [meetings(store, order) for _ in range(3)]
+    assert all(len(set(place.values())) == 1 for place in places)
+    assert len({place[0] for place in places}) == 3
+
+
+@pytest.mark.parametrize(("come", "missing"), [((0, 1), 2), ((1, 2), 0)])
+def test_who_does_not_come_is_named(come, missing):
+    store = torch.distributed.HashStore()
+    meetings(store, (0, 1, 2))
+    found = meetings(store, come, timeout_s=0.5)
+    assert all(text.startswith("joined: all processes must start") for text in found.values())
+    assert f"rank {missing} did not come" in found[come[0]]

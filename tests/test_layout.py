@@ -58,6 +58,7 @@ LAYERS = [
         "preemption",
         "distributed",
         "heartbeat",
+        "meeting",
         "parallel",
         "trainer_config",
         "pruning",
