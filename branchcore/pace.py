@@ -74,9 +74,13 @@ class Pace:
         try:
             yield
         except FloatingPointError:
-            idle_calls(self.view(), missing, self.device, self.dtype)
+            self._make_up(missing)
             raise
-        idle_calls(self.view(), missing, self.device, self.dtype)
+        self._make_up(missing)
+
+    def _make_up(self, calls: int) -> None:
+        if calls:
+            idle_calls(self.view(), calls, self.device, self.dtype)
 
     def passes(self, mine: int) -> int:
         """Returns the passes of every process; makes them all itself if this one has none."""
