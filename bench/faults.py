@@ -48,7 +48,8 @@ def happened(out: Path) -> list[dict[str, Any]]:
 
 def disturbed(out: Path, seed: int, minutes: float, kill_every: float) -> dict[str, Any]:
     """Trains under faults for some minutes and returns what happened."""
-    words = ["torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=99", str(SCRIPT)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = [*torchrun, "--nproc-per-node=2", "--max-restarts=99", str(SCRIPT)]
     options = [w for name, value in FAULTS.items() for w in (f"--{name}", str(value))]
     draw, kills = random.Random(), list[dict[str, Any]]()
     out.parent.mkdir(parents=True, exist_ok=True)
