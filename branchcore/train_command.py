@@ -106,6 +106,8 @@ def _train(args: argparse.Namespace) -> None:
     if args.deterministic:
         _deterministic()
     names = ("shards", "mixed", "offload", "reshard")
+    if args.mixed and args.model == "digits":
+        raise ValueError("--mixed must be left out for digits, which computes in float32")
     parallel = ParallelConfig(kind=args.parallel, **{name: getattr(args, name) for name in names})
     with joined(args.device, args.rank_timeout) as ranks:
         _run(args, ranks, parallel)

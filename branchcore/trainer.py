@@ -208,9 +208,9 @@ class Trainer:
         Raises:
             OSError: the one before could not be written.
         """
-        own = {"cpu_s": self.cpu_s, "skipped": self.skipped, "flop": self.watch.state()}
-        floor = {"noise_floor": self.learner.noise_floor}
-        facts = {**self.folder.identity, **own, **floor}
+        counts = {"cpu_s": self.cpu_s, "skipped": self.skipped, "skipped_in_a_row": self._bad}
+        measured = {"noise_floor": self.learner.noise_floor, "flop": self.watch.state()}
+        facts = {**self.folder.identity, **counts, **measured}
         return self._state.save(self.checkpoints, self.iteration, facts)
 
     @timed("evaluation")
@@ -236,9 +236,11 @@ class Trainer:
     def _restore(self, newest: Path) -> None:
         state = self.checkpoints.load_state(newest)
         check_same(newest, state, self.folder.identity)
-        kinds = {"cpu_s": float, "noise_floor": (float, None), "skipped": int, "flop": list}
-        checkpoint.require(newest / "state.json", state, **kinds)
+        counts = {"cpu_s": float, "skipped": int, "skipped_in_a_row": int}
+        measured = {"noise_floor": (float, None), "flop": list}
+        checkpoint.require(newest / "state.json", state, **counts, **measured)
         self._state.load(self.checkpoints, newest, state)
         self.iteration, self.cpu_s = int(state["iteration"]), float(state["cpu_s"])
-        self.skipped, self.learner.noise_floor = int(state["skipped"]), state["noise_floor"]
+        self.skipped, self._bad = int(state["skipped"]), int(state["skipped_in_a_row"])
+        self.learner.noise_floor = state["noise_floor"]
         self.watch.load(state["flop"])

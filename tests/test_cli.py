@@ -72,6 +72,7 @@ def test_kill_and_resume_continue_bit_for_bit(tmp_path):
         (["train", "--set", "lr=abc"], r"lr must be float, got 'abc'"),
         (["train", "--set", "kl=abc"], r"kl must be float, got 'abc'"),
         (["train", "--set", "max_batch=0"], r"max_batch must be in \[1, .*\], got 0"),
+        (["train", "--mixed"], r"--mixed must be left out for digits"),
         (["train", "--seed", "4294967296"], r"seed must be in \[0, .*\], got 4294967296"),
         (["sample", "--prompt", "a bold cat"], r"prompt must be .*with unknown words \['cat'\]"),
         (["sample", "--weights", "/nowhere"], r"--weights must be a run, a checkpoint or a file"),

@@ -7,12 +7,14 @@ import shutil
 
 import numpy as np
 import pytest
+import rank_faults
 import torch
 
 from branchcore import checkpoint, recipes, schedule, stages
 from branchcore.checkpoint import storage
 from branchcore.metrics import repeatable
 from branchcore.model_commands import settings
+from branchcore.policy import BadUpdate
 from branchcore.pruning_config import PruningConfig
 from branchcore.rewards import Rewards, component_weights, score
 from branchcore.stages import prompt_indices
@@ -585,3 +587,15 @@ def test_the_policy_that_samples_follows_at_its_own_pace(toy, tmp_path):
     assert torch.equal(samplers[1.0], start)
     assert not torch.equal(samplers[0.5], start)
     assert not torch.equal(trained, start)
+
+
+def test_bad_updates_in_a_row_are_counted_over_a_resume(tmp_path):
+    for iterations in (2, 4):
+        resume = iterations == 4
+        part = rank_faults.build(
+            tmp_path / "run", bad_updates=1, iterations=iterations, resume=resume
+        )
+        rank_faults.bad_velocity(part, True, {1, 2})
+        with pytest.raises(BadUpdate) if resume else contextlib.nullcontext():
+            part.run()
+    assert [row.get("skipped_updates") for row in rank_faults.rows(tmp_path / "run")] == [0, 1]
