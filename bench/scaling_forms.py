@@ -100,10 +100,12 @@ def control(updates: int, rounds: int, *, sharded: bool, reshard: bool) -> int:
         updates: U.
         rounds: R of the process that has the most.
         sharded: the norm of the gradient is summed up.
-        reshard: rounds, calls and passes are agreed on.
+        reshard: rounds, calls and passes are agreed on, and errors where they are: once, after
+            every rollout and after its scores instead of once per update.
     """
+    errors = 1 + 2 * rounds if reshard else updates
     agreed = updates * (1 + rounds) + rounds
-    return 4 + 2 * updates + sharded * updates + reshard * agreed
+    return 4 + 2 * errors + sharded * updates + reshard * agreed
 
 
 class Loop(NamedTuple):
