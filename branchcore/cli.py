@@ -1,4 +1,4 @@
-"""Command line: `python -m branchcore train | sample | plan | explain | doctor`."""
+"""Command line: `python -m branchcore train | sample | plan | explain | doctor | docs`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from branchcore import doctor, recipes
 from branchcore._dispatch import explain
+from branchcore.docs_command import docs_options
 from branchcore.model_commands import sample_options, settings
 from branchcore.pruning_config import PruningConfig
 from branchcore.report import plan_report
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     health = commands.add_parser("doctor", help="what this machine should run, and whether it does")
     health.add_argument("--json", action="store_true", help="print the same as JSON")
     health.set_defaults(run=_doctor)
+    docs_options(commands.add_parser("docs", help="write the docstrings as pages to look at"))
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, default=1, help="CPU threads")
     return parser

@@ -43,6 +43,12 @@ def standardize(
 ) -> Floats:
     """Returns z-scores per group and reward: (value - mean) / (std + eps).
 
+    >>> import numpy as np
+    >>> from branchcore import credit
+    >>> rewards, group = np.array([[1.0], [2.0], [3.0], [10.0]]), np.array([0, 0, 1, 1])
+    >>> credit.standardize(rewards, group).ravel().round(3).tolist()
+    [-0.707, 0.707, -0.707, 0.707]
+
     Args:
         values_nR: (n, R) rewards or lifted rewards.
         group_n: (n,) group numbers; statistics never cross groups.

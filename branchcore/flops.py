@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from branchcore.credit import Floats
 from branchcore.forest import Forest
@@ -73,6 +72,8 @@ def forward_flop(
         None where the counter cannot know: it saw no matrix product, or operators of packages that
         it has no formula for.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton: not before it is needed
+
     plan = forest.plan
     nodes = np.flatnonzero(plan.evaluated)
     nodes = nodes[plan.depth[nodes] == plan.depth[nodes].min()]

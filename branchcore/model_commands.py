@@ -145,4 +145,5 @@ def _sample(args: argparse.Namespace) -> None:
     count = task.count if args.count is None else args.count
     panels = task.panels(prompts, count=count, seed=args.seed)
     files = task.picture(panels, prompts, args.out)
-    print(f"wrote {', '.join(map(str, files))}: {len(prompts)} prompts x {count} samples")
+    each = "1 prompt" if len(prompts) == 1 else f"each of {len(prompts)} prompts"
+    print(f"wrote {', '.join(map(str, files))}: {count} samples of {each}")

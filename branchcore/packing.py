@@ -44,6 +44,11 @@ def pack(lengths: Ints, capacity: int, window: int) -> Packs:
     These candidates are looked up anew when the oldest leaves, so that at most window - 1 younger
     items ever go before an item once it is the oldest. window = 1 keeps the order (next-fit).
 
+    >>> from branchcore import packing
+    >>> packs = packing.pack([5, 9, 3, 7, 2], capacity=10, window=3)
+    >>> packs.order.tolist(), packs.start.tolist()
+    ([0, 2, 1, 3, 4], [0, 2, 3, 5])
+
     Args:
         lengths: (N,) integers >= 0, oldest first; e.g. tokens.
         capacity: of a pack, at least every length.

@@ -25,6 +25,10 @@ def _check(name: str, steps: int, shift: float = 1.0) -> None:
 def shifted_linear(steps: int, shift: float = 1.0) -> NDArray[np.float64]:
     """Returns `k t / (1 + (k - 1) t)` on an even grid t = 1..0.
 
+    >>> from branchcore import schedule
+    >>> schedule.shifted_linear(4, shift=3).tolist()
+    [1.0, 0.9, 0.75, 0.5, 0.0]
+
     Args:
         steps: T, number of sampling steps.
         shift: k; 3 for FLUX in DanceGRPO, MixGRPO, BranchGRPO; 1 leaves the grid linear.

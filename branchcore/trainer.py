@@ -41,6 +41,34 @@ _log = logging.getLogger("branchcore")
 class Trainer:
     """Trains a flow model with a recipe and writes metrics.jsonl and checkpoints to a folder.
 
+    ```python
+    import torch
+
+    import branchcore as bc
+
+
+    class Policy:  # a `branchcore.model.Model` of 2 x 2 latents, which are its images too
+        latent_shape = (4,)
+        module = torch.nn.Linear(4, 4)
+
+        def with_prompts(self, prompts):
+            return self
+
+        def velocity(self, x, sigma, prompt):
+            return self.module(x)
+
+        def decode(self, latents):
+            return latents
+
+
+    recipe = bc.recipes.build("flow_grpo", bc.schedule.shifted_linear(4), kl=0.0)
+    config = bc.TrainerConfig(iterations=2, prompts_per_iteration=1, lr=1e-2)
+    trainer = bc.Trainer(
+        Policy(), ["a cat"], lambda images, texts: {"bright": images.mean(1)}, recipe, config, "run"
+    )
+    trainer.run()
+    ```
+
     On several processes every one makes a trainer with the same arguments; the first one writes.
 
     Args:

@@ -20,10 +20,16 @@ from branchcore.steps import Row, Step
 class Tree:
     """Builder of one prompt's plan: roots, then edges, then leaves.
 
-    >>> t = Tree()
-    >>> x = t.grow(t.roots(1), 0.5, dance_sde(0.3), children=4, train=True)
-    >>> t.leaf(t.grow(x, 0.0, euler))
+    >>> import branchcore as bc
+    >>> t = bc.Tree()
+    >>> x = t.grow(t.roots(1), 0.5, bc.steps.dance_sde(0.3), children=4, train=True)
+    >>> leaves = t.leaf(t.grow(x, 0.0, bc.steps.euler))
     >>> plan = t.plan()
+    >>> print(bc.draw(plan))
+    9 nodes, 5 forwards, 4 trained edges of 1 parents, 4 leaves
+    o 1
+    `- 4 of ~* 0.5
+       `- - 0 leaf
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from branchcore.flops import forward_flop
 from branchcore.gradient import live_edges
@@ -84,6 +83,8 @@ def pass_flop(
     Returns:
         None where the counter cannot know, see `forward_flop`.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton: not before it is needed
+
     rows = _Rows(batch.model)
     forward = forward_flop(batch.forest, rows, max_batch=max_batch)
     if forward is None:

@@ -89,6 +89,7 @@ LAYERS = [
         "doctor",
         "model_commands",
         "train_command",
+        "docs_command",
         "cli",
         "__main__",
     },

@@ -1,4 +1,17 @@
-"""Models: adapters of diffusers transformers, and the embedded digits task."""
+"""Models: adapters of diffusers transformers, and the embedded digits task.
+
+A family's module has `from_pretrained`, which makes a model that the trainer takes, of the folder
+of a diffusers pipeline: `branchcore.models.sd3`, `branchcore.models.flux`,
+`branchcore.models.qwen_image`, `branchcore.models.wan` and `branchcore.models.sana`. What they have
+in common is `branchcore.models.prompted_flow` and `branchcore.models.flow_model`.
+
+`branchcore.models.weights` says what is trained and saves it; then `branchcore.models.accelerate`
+and `branchcore.models.runtime` make it faster, and `branchcore.models.sampling` draws images.
+`branchcore.models.digits` is small, ships with the package and trains on a CPU.
+
+A model of your own needs no more than `branchcore.model.VelocityModel` for the stages and
+`branchcore.model.Model` for the trainer.
+"""
 
 from __future__ import annotations
 

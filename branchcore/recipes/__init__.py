@@ -1,6 +1,10 @@
 """Published methods, one small file each; a method is the function named like its file.
 
-`build` finds one by name; a new file in this folder is found without being listed anywhere.
+`build` finds one by name; a new file in this folder is found without being listed anywhere. A file
+has its method's formulas, the function and its options, and `PRESETS`, as published. A `Recipe` is
+what grows a prompt's tree, what makes advantages of its rewards, and what is minimised;
+`branchcore.recipes.credits`, `branchcore.recipes.windows` and `branchcore.recipes.chains` are what
+methods have in common.
 """
 
 from __future__ import annotations
@@ -54,6 +58,17 @@ def options_of(name: str) -> dict[str, inspect.Parameter]:
 
 def build(name: str, sigmas: Sigmas, **options: Any) -> Recipe:
     """Builds a recipe by name.
+
+    >>> import branchcore as bc
+    >>> sigmas = bc.schedule.shifted_linear(4, 3)
+    >>> recipe = bc.recipes.build("tempflow_grpo", sigmas, children=6)
+    >>> recipe.plan([0, 1], seed=0, iteration=0).counts()
+    Counts(forwards=312, trained_edges=144, trained_parents=24, decodes=144)
+
+    Args:
+        name: of the function in this package.
+        sigmas: (T + 1,) schedule, see `branchcore.schedule`.
+        options: the function's keyword arguments.
 
     Raises:
         ValueError: an unknown recipe, or options it does not have.

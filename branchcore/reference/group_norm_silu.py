@@ -59,9 +59,9 @@ def group_norm_silu_backward(
     statistics_BG2: Tensor,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give dx, dweight and dbias; with <> for the mean over a group,
+    """Give dx, dweight and dbias; with means over a group,
 
-    dx = rstd (weight dz - <weight dz> - xhat <weight dz xhat>),
+    dx = rstd (weight dz - mean(weight dz) - xhat mean(weight dz xhat)),
     dweight = sum dz xhat, dbias = sum dz over all images and positions.
     """
     dtype, split = statistics_BG2.dtype, (statistics_BG2.shape[1], -1)

@@ -50,7 +50,7 @@ class HttpReward:
     is a connection of its own, without proxies.
 
     Args:
-        url: http://host[:port]/path or https://...
+        url: `http://host[:port]/path` or `https://...`
         timeout_s: for one call.
         dtype: "float32", images as they are decoded, or "uint8": round(255 x) of images in [0, 1],
             a quarter of the bytes.

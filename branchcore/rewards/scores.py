@@ -66,6 +66,16 @@ class Scores(NamedTuple):
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scores:
     """Scores images, each with its prompt.
 
+    >>> import torch
+    >>> from branchcore.rewards import score
+    >>> images, prompts = torch.tensor([[0.5, 0.25], [1.0, 0.0]]), ["a cat", "a dog"]
+    >>> def reward(images, prompts):
+    ...     return {"bright": images.mean(1), "short": torch.tensor([-len(x) for x in prompts])}
+    >>> score(reward, images, prompts).names
+    ('bright', 'short')
+    >>> score(reward, images, prompts).values.tolist()
+    [[0.375, -5.0], [0.5, -5.0]]
+
     Args:
         reward: the user's callable.
         images: (L, ...) decoded leaves.
