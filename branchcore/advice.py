@@ -50,7 +50,7 @@ class Advice:
     function of the rows: a resumed run first shows it those that are in metrics.jsonl.
 
     Args:
-        clip: of `clip_of`.
+        clip: of `clip_of`; a row's own `clip` goes before.
     """
 
     def __init__(self, clip: float | None = None) -> None:
@@ -91,9 +91,10 @@ class Advice:
     def _causes(self, row: Row) -> Found:
         rows = list(self._rows)
         last = rows[-IN_A_ROW:]
-        yield from _noise_floor(row, self.clip)
-        yield from _clip_share(row, self.clip)
-        yield from _ratio(row, self.clip)
+        clip = row.get("clip", self.clip)
+        yield from _noise_floor(row, clip)
+        yield from _clip_share(row, clip)
+        yield from _ratio(row, clip)
         yield from _masked(row)
         yield from _spike(rows)
         if self._seen >= IN_A_ROW:
@@ -115,7 +116,7 @@ def _noise_floor(row: Row, clip: float | None) -> Found:
             "noise_floor",
             "noise_floor: the clip range must exceed the noise floor of the log ratio, got clip "
             f"{clip:g} below {floor:.1e} (unchanged weights at another batch shape); try a larger "
-            "clip or updates=1",
+            "clip, clip_floor=2 or updates=1",
         )
 
 

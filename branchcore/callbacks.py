@@ -21,7 +21,8 @@ from branchcore.run_folder import write_whole
 _GROUPS = {
     "reward": ("reward", "zero_std_share"),
     "policy": (
-        *("ratio_dev_mean", "ratio_dev_max", "clip_share", "noise_floor"),
+        *("ratio_dev_mean", "ratio_dev_max", "clip_share", "clip_noise_share", "clip"),
+        "noise_floor",
         *("loss", "kl", "grad_norm"),
     ),
     "work": ("leaves", "edges", "parents", "model_calls", "tokens", "tflop", "mfu"),

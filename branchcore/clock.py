@@ -53,6 +53,11 @@ class Stages:
         if self._last is None:
             self._last = self._ruler.mark()
 
+    @property
+    def current(self) -> str:
+        """The stage that is open; other threads may ask."""
+        return self._open[-1]
+
     @contextmanager
     def __call__(self, stage: str) -> Generator[None]:
         """Books the block to a stage; the one around it stands still meanwhile.

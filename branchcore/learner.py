@@ -20,6 +20,7 @@ from branchcore.gradient import Anchor, Statistics
 from branchcore.ledger import Ledger
 from branchcore.metrics import iteration_metrics
 from branchcore.model import Model, check_tokens
+from branchcore.noise_floor import NoiseFloor
 from branchcore.parallel import ParallelConfig
 from branchcore.plan import Plan
 from branchcore.policy import BadUpdate, Policy
@@ -77,7 +78,7 @@ class Learner(Policy):
         no_tape = self.sampler is not None or self.parallel.lockstep
         self.tape = 0 if no_tape else self.pruning.tape(config.tape)
         self.ledger = Ledger(self.pruning, config, self.masters.parameters, self.tape, ranks)
-        self.noise_floor: float | None = None
+        self.floor = NoiseFloor(recipe, config, ranks, lockstep=self.parallel.lockstep)
         self.names: tuple[str, ...] = ()
         """Components of the reward, once known."""
 
@@ -94,6 +95,7 @@ class Learner(Policy):
                 batches, total, norms = self._updates(iteration)
         except Exception as error:
             self.forget_gradients(reduce=isinstance(error, BadUpdate))
+            self.floor.forget()
             raise
         self.update_averages(iteration)
         if batches and not self.parallel.sharded:
@@ -101,12 +103,17 @@ class Learner(Policy):
             self.watch.count_flop(batches[0], trained, self.config.max_batch)
         flop = self.watch.flop
         found = iteration_metrics(
-            batches, total, self.config.reward_weights, self.names, self.ranks.stack
+            batches,
+            total,
+            self.config.reward_weights,
+            self.names,
+            self.ranks.stack,
+            floor=self.floor.value,
         )
         return {
             **found,
             "grad_norm": max(float(n) for n in norms),
-            **({} if self.noise_floor is None else {"noise_floor": self.noise_floor}),
+            **self.floor.metrics(),
             **self.ledger.metrics(flop and flop.forward),
         }
 
@@ -121,6 +128,7 @@ class Learner(Policy):
         self.ledger.open(draw, iteration)
         batches, total = self.together(lambda: self._first_update(draw, iteration))
         self._agree_on_names(batches)
+        self.floor.agree()
         scores = [batch.scores for batch in batches]
         check_masked(scores, self.config.reward_max_failed, self.ranks.sum)
         norms = [self.optimizer_step(0, iteration)]
@@ -170,7 +178,7 @@ class Learner(Policy):
                     known = stages.credited(
                         batch, recipe, iteration=iteration, reward_weights=weights
                     )
-                self._measure_floor(known)
+                self.floor.measure(known)
                 batches.append(self.pruning.weigh(known, draw.weight))
                 total = total.plus(self._pass(draw, batches[-1:]))
         for _ in range(missing):
@@ -199,12 +207,6 @@ class Learner(Policy):
             pass
         self.in_step(lambda: None)  # rollout
         self.in_step(lambda: None)  # scores
-
-    def _measure_floor(self, batch: Batch) -> None:
-        """Measures the noise floor once, where a call more on one process is no matter."""
-        if self.noise_floor is None and self.sampler is None and not self.parallel.lockstep:
-            limits = {"max_batch": self.config.max_batch, "max_tokens": self.config.max_tokens}
-            self.noise_floor = stages.noise_floor(batch, self.recipe, **limits)
 
     def _grow(
         self, plan: Plan, uids: Sequence[int], draw: Draw, iteration: int, tape: int | None
@@ -254,7 +256,7 @@ class Learner(Policy):
             with self.watch.clock("update"):
                 part = accumulate(
                     weighed,
-                    self.recipe,
+                    self.floor.recipe,
                     update=update,
                     anchor=anchor,
                     max_batch=self.config.max_batch,

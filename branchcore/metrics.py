@@ -32,6 +32,7 @@ def iteration_metrics(
     reward_weights: Mapping[str, float] | None,
     names: Sequence[str] | None = None,
     stack: Callable[[Floats], Floats] = lambda sums: sums[None],
+    floor: float | None = None,
 ) -> dict[str, float]:
     """Returns the metrics of one iteration.
 
@@ -41,11 +42,14 @@ def iteration_metrics(
         reward_weights: per component, for the total reward.
         names: components of the reward; None = those of the first batch.
         stack: returns the (processes, n) sums of all processes for the (n,) of this one.
+        floor: noise floor of the log ratio, if it is known.
 
     Returns:
         `reward` (weighted sum), `reward/<name>` means, `reward_std/<name>` mean std within a
         prompt, `zero_std_share` of (prompt, component) groups without spread, `ratio_dev_mean`,
-        `ratio_dev_max` of |ratio - 1|, `clip_share` of trained edges, `loss`, `kl`, and the counts
+        `ratio_dev_max` of |ratio - 1|, `clip_share` of trained edges, where there is a floor
+        `clip_noise_share` of the clipped ones that are beyond the clip range by less than it (0 if
+        none is clipped), `loss`, `kl`, and the counts
         `leaves`, `masked_leaves`, `edges`, `parents`, `model_calls`. Where branches may be stopped,
         `stopped_share` of the planned leaves. Leaves that are neither stopped nor masked, which is
         without a score, are what `leaves` counts, and rewards and their spread are means weighted
@@ -58,7 +62,8 @@ def iteration_metrics(
     counts = dict(zip(_COUNTS, of_all.tolist(), strict=False))
     means, spreads = np.split(of_all[len(_COUNTS) :], 2)
     weight, groups = counts["weight"] or np.nan, counts["groups"] or np.nan
-    edges = max(counts["edges"], 1.0)
+    edges, clipped = max(counts["edges"], 1.0), counts["clipped_low"] + counts["clipped_high"]
+    noise = {"clip_noise_share": counts["clipped_noise"] / max(clipped, 1.0)}
     metrics = {"reward": counts["reward"] / weight}
     metrics |= {f"reward/{n}": float(v) for n, v in zip(names, means / weight, strict=True)}
     metrics |= {f"reward_std/{n}": float(v) for n, v in zip(names, spreads / groups, strict=True)}
@@ -67,7 +72,8 @@ def iteration_metrics(
         "zero_std_share": counts["zero_std"] / groups / len(names),
         "ratio_dev_mean": counts["sum_abs_dev"] / edges,
         "ratio_dev_max": float(rows[:, _COUNTS.index("max_abs_dev")].max()),
-        "clip_share": (counts["clipped_low"] + counts["clipped_high"]) / edges,
+        "clip_share": clipped / edges,
+        **({} if floor is None else noise),
         "loss": counts["loss"],
         "kl": counts["kl"],
         "leaves": int(counts["leaves"]),

@@ -19,7 +19,7 @@ _log = logging.getLogger("branchcore")
 MODELS = ", ".join(tasks.MODELS)
 _OURS = (
     *("command", "run", "threads", "model", "recipe", "out", "resume", "iterations", "seed"),
-    *("set", "count", "log", "deterministic", "rank_timeout"),
+    *("set", "count", "log", "view", "deterministic", "rank_timeout"),
     *("parallel", "shards", "mixed", "offload", "reshard"),
 )
 """Arguments that no model sees; the rest are flags of models, None where they are not given."""

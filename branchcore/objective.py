@@ -133,6 +133,8 @@ class ClippedRatio(Objective):
     GRPO-Guard's RatioNorm, b p; cps: Flow-CPS without 1/(2 s^2), 2 s b p - b^2 q."""
     clip: tuple[float, float] = (1e-4, 1e-4)
     """Ratio is clipped to [1 - low, 1 + high]; published 1e-4 (Dance, Flow), 1e-3 (Branch)."""
+    floor: float = 0.0
+    """Noise floor of the log ratio, once known: which of the clips are noise is counted by it."""
     log_ratio_penalty: float = 0.0
     """Weight of half the squared log ratio, MixGRPO's `kl_coeff`; its scripts pass 0."""
 
@@ -176,7 +178,9 @@ class ClippedRatio(Objective):
         p_E, q_N = ops.edge_dots(v_ND, v_old_ND, edges.child_start, edges.noise)
         exponent, start = edges.numbers[:, :2].contiguous(), edges.child_start
         advantage = self.advantage(p_E.detach(), q_N.detach(), edges)
-        result = ops.ratio_loss(p_E, q_N, start, exponent, advantage, edges.weight, self.clip)
+        result = ops.ratio_loss(
+            p_E, q_N, start, exponent, advantage, edges.weight, self.clip, self.floor
+        )
         if not self.log_ratio_penalty:
             return result
         squares = log_ratio(p_E, q_N, start, exponent).square()

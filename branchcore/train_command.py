@@ -27,6 +27,7 @@ from branchcore.model_commands import (
 from branchcore.models.commands import task as tasks
 from branchcore.parallel import ParallelConfig
 from branchcore.plots import curves
+from branchcore.progress import VIEWS, chosen_view
 from branchcore.run_folder import check_free
 from branchcore.trainer import Metrics, Trainer
 from branchcore.trainer_config import TrainerConfig
@@ -61,6 +62,12 @@ def train_options(train: argparse.ArgumentParser) -> None:
         default=[],
         choices=tuple(LOGGERS),
         help="repeatable; beside metrics.jsonl, which is always written",
+    )
+    train.add_argument(
+        "--view",
+        default="auto",
+        choices=VIEWS,
+        help="what the terminal shows; auto: live in a terminal, else a bar",
     )
     train.add_argument(
         "--deterministic",
@@ -114,6 +121,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, ranks: Ranks, parallel: ParallelConfig) -> None:
+    view = chosen_view(args.view if ranks.main else "none")
     options, fields = settings(args.set, args.recipe)
     task = tasks.to_train(args.model, flags_of(args))
     suggested = task.settings(args.recipe)
@@ -148,6 +156,7 @@ def _run(args: argparse.Namespace, ranks: Ranks, parallel: ParallelConfig) -> No
             resume=args.resume is not None,
             ranks=ranks,
             parallel=parallel,
+            view=view,
         )
         if ranks.main:
             _introduce(trainer, recipe, options, notes)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from branchcore import checkpoint
 from branchcore.advice import Advice, clip_of
@@ -21,12 +20,12 @@ from branchcore.checkpoint import Checkpoints
 from branchcore.clock import STAGES, skew
 from branchcore.distributed import Ranks
 from branchcore.learner import Learner
-from branchcore.metrics import bar_text
 from branchcore.model import Model
 from branchcore.parallel import ParallelConfig
 from branchcore.plots import read_metrics
 from branchcore.policy import BadUpdate
 from branchcore.preemption import Preempted, Preemption
+from branchcore.progress import Shown, chosen_view, progress_of
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward
 from branchcore.run_folder import RunFolder, check_same, identity
@@ -84,9 +83,11 @@ class Trainer:
         resume: continue the run in `out` from its newest whole checkpoint.
         ranks: processes of the run; None = this one alone.
         parallel: how weights are spread over them.
+        view: what rank 0 shows of the run: bar, live (in a terminal, with rich), auto or none.
 
     Raises:
         ValueError: `out` holds another run, or a checkpoint of another model or recipe.
+        RuntimeError: there is no terminal, or no rich, for a live view.
         TypeError, NotImplementedError: `max_tokens` of a model that does not count tokens.
     """
 
@@ -105,9 +106,11 @@ class Trainer:
         resume: bool = False,
         ranks: Ranks | None = None,
         parallel: ParallelConfig | None = None,
+        view: str = "bar",
     ) -> None:
         self.recipe, self.config, self.ranks = recipe, config, ranks or Ranks()
         self.evaluate, self.callbacks = evaluate, callbacks
+        self.view = chosen_view(view if self.ranks.main else "none")
         self.preemption = Preemption()
         self.learner = Learner(
             model,
@@ -169,16 +172,11 @@ class Trainer:
         todo = range(self.iteration, self.config.iterations)
         first: Metrics = {}
         self.watch.begin()
-        if self.iteration == 0 and self.evaluate is not None:
-            first = {"iteration": 0, **self._evaluation(), **self._measured()}
-        with tqdm(
-            todo,
-            initial=self.iteration,
-            total=self.config.iterations,
-            unit="it",
-            disable=not self.ranks.main,
-        ) as bar:
-            for _ in bar:
+        with progress_of(self.view, self._shown()) as progress:
+            if self.iteration == 0 and self.evaluate is not None:
+                first = {"iteration": 0, **self._evaluation(), **self._measured()}
+                progress.row(first)
+            for _ in todo:
                 metrics = self._iterate()
                 last = self.iteration == self.config.iterations
                 if self.evaluate and (last or self.iteration % self.config.evaluate_every == 0):
@@ -187,10 +185,24 @@ class Trainer:
                 if first:
                     self._log(first)
                     first = {}
-                self._log(metrics)
+                progress.row(self._log(metrics))
                 if last or self.iteration % self.config.checkpoint_every == 0:
                     self.save()
-                bar.set_postfix_str(metrics.get("skipped") or bar_text(metrics))
+
+    def _shown(self) -> Shown:
+        """Returns what a view knows of the run before its first row."""
+        every, model = self.config.evaluate_every, self.folder.identity["facts"].get("model")
+        return Shown(
+            title=self.recipe.name + (f" on {model}" if isinstance(model, str) else ""),
+            out=str(self.folder.path),
+            begun=self.iteration,
+            iterations=self.config.iterations,
+            checkpoint_every=self.config.checkpoint_every,
+            evaluate_every=None if self.evaluate is None else every,
+            clip=self.advice.clip,
+            stage=lambda: self.watch.clock.current,
+            rows=read_metrics(self.folder.log_path) if self.iteration else (),
+        )
 
     def step(self) -> Metrics:
         """Runs one iteration and returns its metrics.
@@ -237,7 +249,7 @@ class Trainer:
             OSError: the one before could not be written.
         """
         counts = {"cpu_s": self.cpu_s, "skipped": self.skipped, "skipped_in_a_row": self._bad}
-        measured = {"noise_floor": self.learner.noise_floor, "flop": self.watch.state()}
+        measured = {"noise_floor": self.learner.floor.value, "flop": self.watch.state()}
         facts = {**self.folder.identity, **counts, **measured}
         return self._state.save(self.checkpoints, self.iteration, facts)
 
@@ -248,8 +260,8 @@ class Trainer:
             return {f"eval/{k}": float(v) for k, v in self.evaluate(self.model).items()}
 
     @timed("callbacks")
-    def _log(self, metrics: Metrics) -> None:
-        """Writes a row; what fails on the process that writes fails on all."""
+    def _log(self, metrics: Metrics) -> Metrics:
+        """Writes a row and returns it with its warnings; what fails on rank 0 fails on all."""
         error: Exception | None = None
         try:
             if self.ranks.main:
@@ -260,6 +272,7 @@ class Trainer:
         except Exception as found:
             error = found
         self.ranks.agree(error)
+        return metrics
 
     def _restore(self, newest: Path) -> None:
         state = self.checkpoints.load_state(newest)
@@ -270,5 +283,5 @@ class Trainer:
         self._state.load(self.checkpoints, newest, state)
         self.iteration, self.cpu_s = int(state["iteration"]), float(state["cpu_s"])
         self.skipped, self._bad = int(state["skipped"]), int(state["skipped_in_a_row"])
-        self.learner.noise_floor = state["noise_floor"]
+        self.learner.floor.value = state["noise_floor"]
         self.watch.load(state["flop"])

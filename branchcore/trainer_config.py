@@ -41,6 +41,9 @@ class TrainerConfig:
     """AdamW weight decay."""
     max_grad_norm: float = 1.0
     """Gradient norm is clipped to it."""
+    clip_floor: float = 0.0
+    """Ratios are clipped where the log ratio is beyond so many measured noise floors, or by the
+    recipe's clip range if that is wider; 0 = by the recipe's alone. See `noise_floor`."""
     ema_decay: float | None = None
     """Exponential moving average of the weights, used for evaluation; None = none."""
     fast_steps: int = 0
@@ -122,6 +125,7 @@ _RANGES: dict[str, tuple[type, float, float]] = {
     "eps": (float, _TINY, 1.0),
     "weight_decay": (float, 0.0, 1e3),
     "max_grad_norm": (float, _TINY, float("inf")),
+    "clip_floor": (float, 0.0, 1e3),
     "ema_decay": (float, 0.0, 1.0 - 1e-9),
     "fast_steps": (int, 0, _MOST),
     "bad_updates": (int, 0, _MOST),

@@ -75,12 +75,13 @@ def test_the_noise_floor():
         (
             2,
             "noise_floor: the clip range must exceed the noise floor of the log ratio, got clip "
-            "0.001 below 2.0e-03 (unchanged weights at another batch shape); try a larger clip or "
-            "updates=1",
+            "0.001 below 2.0e-03 (unchanged weights at another batch shape); try a larger clip, "
+            "clip_floor=2 or updates=1",
         )
     ]
     assert said(rows(5, noise_floor=1e-3)) == []
     assert said(rows(5, noise_floor=1.0, ratio_dev_mean=0.0), clip=None) == []
+    assert said(rows(5, noise_floor=2e-3, clip=4e-3)) == []
 
 
 def test_the_smaller_clip_counts():

@@ -53,6 +53,7 @@ LAYERS = [
         "run_state",
         "trainer",
         "learner",
+        "noise_floor",
         "policy",
         "pace",
         "preemption",
@@ -80,6 +81,8 @@ LAYERS = [
         "watch",
         "advice",
         "callbacks",
+        "progress",
+        "live_view",
     },
     {
         "models",
@@ -141,6 +144,8 @@ def test_optional_packages_stay_in_their_place(path):
             assert layer_name(path) in places, f"{path} imports {package}"
         if package == "matplotlib":
             assert path.stem in ("plots", "pictures"), f"{path} imports matplotlib"
+        if package == "rich":
+            assert layer_name(path) == "live_view", f"{path} imports rich"
         assert package not in ("tensorboard", "wandb"), f"{path}: callbacks imports it by name"
 
 

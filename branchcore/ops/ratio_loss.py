@@ -1,5 +1,6 @@
 """The clipped ratio loss of all trained edges, its gradient and statistics in one launch."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 
 from branchcore import _check, _dispatch, reference, testing
 from branchcore.reference import RatioLoss, RatioStats
+
+_COUNTED = len(RatioStats._fields) - 1
+"""Statistics of one launch: all but `clipped_noise`."""
 
 
 def ratio_loss(
@@ -17,6 +21,7 @@ def ratio_loss(
     advantage_E2: Tensor,
     weight_E: Tensor,
     clip: tuple[float, float],
+    floor: float = 0.0,
 ) -> RatioLoss:
     """Sum the clipped policy-gradient loss over trained edges.
 
@@ -31,6 +36,8 @@ def ratio_loss(
         advantage_E2: (E, 2) fp32 or fp64, (A+, A-), both >= 0.
         weight_E: (E,) fp32 or fp64; an edge of weight 0 is pruned: it enters nothing at all.
         clip: (low, high) distances from 1, each may be inf.
+        floor: by how much l is uncertain; what the bounds cut by less is counted, at the price of
+            a second launch. 0 = not.
 
     Returns:
         `RatioLoss` of the loss (), fp32, and `RatioStats` of 0-d sums over the edges of non-zero
@@ -51,11 +58,18 @@ def ratio_loss(
     _check.tensor(op, "weight_E", weight_E, (num_edges,), _check.SCALAR, device)
     if len(clip) != 2 or not min(clip) >= 0:
         raise ValueError(f"{op}: clip must be two distances >= 0, got {clip}")
+    if not (floor >= 0.0 and math.isfinite(floor)):
+        raise ValueError(f"{op}: floor must be finite and >= 0, got {floor}")
     low, high = clip
-    loss, stats, _, _ = _forward(
-        p_E, q_N, child_start, exponent_E2, advantage_E2, weight_E, low, high
-    )
-    return RatioLoss(loss, RatioStats(*stats.unbind()))
+    edges = (child_start, exponent_E2, advantage_E2, weight_E)
+    loss, stats, _, _ = _forward(p_E, q_N, *edges, low, high)
+    noise = torch.zeros_like(stats[0])
+    if floor > 0.0:
+        # bounds that are wider by the floor cut the others
+        wide = 1.0 - (1.0 - low) * math.exp(-floor), (1.0 + high) * math.exp(floor) - 1.0
+        beyond = _forward(p_E.detach(), q_N.detach(), *edges, *wide)[1]
+        noise = (stats[1:3] - beyond[1:3]).sum()
+    return RatioLoss(loss, RatioStats(*[*stats.unbind(), noise]))
 
 
 def _cpp(p_E: Tensor, q_N: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,13 +100,13 @@ def _reference(p_E: Tensor, q_N: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Te
     inputs: Any = (p_E, q_N, *edges, (low, high))
     loss, stats = reference.ratio_loss(*inputs)
     grads = reference.ratio_loss_backward(*inputs)
-    return loss, torch.stack(stats), *grads
+    return loss, torch.stack(stats[:_COUNTED]), *grads
 
 
 def _fake(p_E: Tensor, q_N: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         p_E.new_empty(()),
-        p_E.new_empty(len(RatioStats._fields)),
+        p_E.new_empty(_COUNTED),
         p_E.new_empty(len(p_E)),
         p_E.new_empty(len(q_N)),
     )
@@ -125,6 +139,7 @@ def _build(
     scale: float = 1e-2,
     clip: tuple[float, float] = (1e-2, 2e-2),
     scalar: torch.dtype = torch.float32,
+    floor: float = 0.0,
 ) -> testing.Inputs:
     num_edges = sum(counts)
     k_E = 2.0 + testing.normal((num_edges,), torch.float64, 0).abs()
@@ -139,6 +154,7 @@ def _build(
         "advantage_E2": advantage_E2,
         "weight_E": weight_E,
         "clip": clip,
+        **({"floor": floor} if floor else {}),
     }
 
 
@@ -152,6 +168,8 @@ SPEC = testing.OpSpec(
     cases=(
         testing.Case("edges on both sides of both bounds", {"counts": (4,) * 40 + (0, 7)}),
         testing.Case("no clip", {"clip": INFINITE}),
+        testing.Case("a noise floor as wide as the clip", {"counts": (4,) * 40, "floor": 1e-2}),
+        testing.Case("a noise floor without a clip", {"clip": INFINITE, "floor": 1e-2}),
         testing.Case("clip of BranchGRPO, ratios near 1", {"clip": (1e-5, 1e-5), "scale": 1e-5}),
         testing.Case("on policy: the ratio is exactly 1", {"scale": 0.0}),
         testing.Case("float64 advantages and weights", {"scalar": torch.float64}),

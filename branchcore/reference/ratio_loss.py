@@ -7,6 +7,7 @@ A+, A- >= 0, and min(r, clip r) = min(r, 1 + high), max(r, clip r) = max(r, 1 - 
 Letters: N nodes, E trained edges.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ class RatioStats(NamedTuple):
     """Sum of l^2."""
     sum_log_ratio: Tensor
     """Sum of l."""
+    clipped_noise: Tensor
+    """Number of cut edges whose l is beyond the bound's by less than the noise floor."""
 
 
 class RatioLoss(NamedTuple):
@@ -57,6 +60,7 @@ def ratio_loss(
     advantage_E2: Tensor,
     weight_E: Tensor,
     clip: tuple[float, float],
+    floor: float = 0.0,
 ) -> RatioLoss:
     """See `branchcore.ops.ratio_loss`."""
     low, high = 1.0 - clip[0], 1.0 + clip[1]
@@ -68,14 +72,19 @@ def ratio_loss(
     loss = (weight_E.double() * (pain_E - gain_E)).sum()
     with torch.no_grad():
         live_E, dev_E = weight_E != 0, (r_E - 1.0).abs()
+        low_E = live_E & (minus_E > 0) & (r_E < low)
+        high_E = live_E & (plus_E > 0) & (r_E > high)
+        near_low_E = low_E & (r_E >= low * math.exp(-floor))
+        near_high_E = high_E & (r_E <= high * math.exp(floor))
         stats = (
             live_E.sum(),
-            (live_E & (minus_E > 0) & (r_E < low)).sum(),
-            (live_E & (plus_E > 0) & (r_E > high)).sum(),
+            low_E.sum(),
+            high_E.sum(),
             dev_E.sum(),
             torch.cat((dev_E, dev_E.new_zeros(1))).max(),
             l_E.square().sum(),
             l_E.sum(),
+            near_low_E.sum() + near_high_E.sum(),
         )
     return RatioLoss(loss.to(p_E.dtype), RatioStats(*(value.to(p_E.dtype) for value in stats)))
 
