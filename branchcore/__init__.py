@@ -53,6 +53,7 @@ from branchcore.stopping import Stopping
 from branchcore.trainer import Trainer
 from branchcore.trainer_config import TrainerConfig
 from branchcore.tree import Tree
+from branchcore.updates import updates
 
 __version__ = "0.1.0"
 
@@ -96,5 +97,6 @@ __all__ = [
     "score",
     "steps",
     "unbiased",
+    "updates",
     "use",
 ]
