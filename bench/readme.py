@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import learning_words
+from readme_foreign import foreign
 from readme_pruning import census, learning, masked, packing, pruning
 from readme_scaling import scaling
 from readme_text import markdown, where
@@ -202,6 +203,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "learning": ("learning.json", learning),
     "packing": ("packing.json", packing),
     "scaling": ("scaling.json", scaling),
+    "foreign": ("foreign.json", foreign),
 }
 NOT_YET = {"learning": (learning_words.MISSING, learning_words.COMMAND)}
 """Sections that README has before their first result: text, and the command to make one."""

@@ -114,6 +114,7 @@ from branchcore.stopping import Stopping
 from branchcore.trainer import Trainer
 from branchcore.trainer_config import TrainerConfig
 from branchcore.tree import Tree
+from branchcore.updates import updates
 
 __version__ = "0.1.0"
 
@@ -157,5 +158,6 @@ __all__ = [
     "score",
     "steps",
     "unbiased",
+    "updates",
     "use",
 ]

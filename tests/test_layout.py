@@ -44,6 +44,7 @@ LAYERS = [
         "recipes",
         "rewards",
         "stages",
+        "updates",
         "rounds",
         "metrics",
         "checkpoint",

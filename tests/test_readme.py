@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from branchcore.rollout import rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-REAL, FOREIGN, METHOD = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+REAL, STEP, UPDATES, TREE, FOREIGN, METHOD = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_code_block_is_a_whole_iteration(toy):
@@ -40,6 +41,50 @@ def test_the_code_block_is_a_whole_iteration(toy):
     after = list(model.module.parameters())
     assert all((a != b).any() for a, b in zip(after, before, strict=True))
     assert len(names["texts"]) == 32
+
+
+def test_the_step_and_loss_of_a_foreign_trainer():
+    scheduler = SimpleNamespace(sigmas=torch.tensor(schedule.flow_match_euler(4)).float())
+    scheduler.timesteps = 1000 * scheduler.sigmas[:-1]
+    module, x = torch.nn.Linear(6, 6), torch.randn(3, 2, 6)
+    names = {
+        "torch": torch, "pipeline": SimpleNamespace(scheduler=scheduler), "latents": x,
+        "t": scheduler.timesteps[1], "velocity": module(x).detach(),
+        "transformer": lambda latents, _: module(latents), "advantages": torch.randn(3),
+        "reference_mean": torch.zeros_like(x),
+    }  # fmt: skip
+    exec(STEP, names)
+    assert float(names["stats"].max_abs_dev) == 0.0
+    assert module.weight.grad.any()
+
+
+def test_the_depths_of_a_foreign_trainer(tiny_folder, tmp_path):
+    peft, diffusers = (pytest.importorskip(name) for name in ("peft", "diffusers"))
+    accelerate = pytest.importorskip("accelerate")
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(tiny_folder("sd3"))
+    pipe.transformer.requires_grad_(False)
+    lora = peft.LoraConfig(r=2, target_modules=["attn.to_q"])
+    pipe.transformer = peft.get_peft_model(pipe.transformer, lora)
+    parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in parameters]
+    rows = []
+    names = {
+        "pipeline": pipe, "prompts": ["a cat", "a dog"], "iterations": 1, "out": tmp_path,
+        "parameters": parameters, "optimizer": torch.optim.AdamW(parameters, lr=1e-3),
+        "accelerator": accelerate.Accelerator(cpu=True),
+        "reward": lambda images, prompts: {"mean": images.mean((1, 2, 3))},
+    }  # fmt: skip
+    names["accelerator"].log = rows.append
+    sizes = ("512, 512, guidance=4.5", "16, 32, guidance=4.5, max_text_tokens=24")
+    for code in (UPDATES, TREE):
+        code = code.replace(*sizes).replace("sigmas(10)", "sigmas(6)")
+        exec(code.replace("iterations=100", "iterations=1"), names)
+        assert any((a != b).any() for a, b in zip(parameters, before, strict=True))
+        before = [p.detach().clone() for p in parameters]
+    assert rows[0]["leaves"] == 16
+    assert "metrics.jsonl" in {file.name for file in tmp_path.iterdir()}
+    for code in (STEP, UPDATES, TREE):
+        assert len(code.splitlines()) < 40
 
 
 @pytest.fixture

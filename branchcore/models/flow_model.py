@@ -25,7 +25,7 @@ class FlowModel:
 
     Args:
         family: the architecture.
-        pipe: the pipeline; its transformer is frozen until `weights.add_lora` or `train_all`.
+        pipe: the pipeline; wrappers of its transformer (peft's, accelerate's) are looked through.
         size: what is generated.
         guidance: scale of classifier-free guidance, 1 = off.
         negative_prompt: of the unconditional half.
@@ -47,8 +47,8 @@ class FlowModel:
         self.family, self.pipe, self.size = family, pipe, size
         self.guidance, self.negative_prompt = guidance, negative_prompt
         self.dtype, self.device = dtype, torch.device(device)
-        self.module: nn.Module = pipe.transformer.eval().requires_grad_(False)
-        self.vae: nn.Module = pipe.vae.eval().requires_grad_(False)
+        self.module: nn.Module = unwrapped(pipe.transformer)
+        self.vae: nn.Module = pipe.vae
         self.latent_shape = family.latent_shape(pipe, size)
         self.train_uncond = False
         """Whether the gradient also runs through the unconditional half."""
@@ -200,6 +200,14 @@ class FlowModel:
             )
         with without_lora(self.module):
             yield self.module
+
+
+def unwrapped(transformer: Any) -> nn.Module:
+    """Returns the transformer inside `DistributedDataParallel` and peft's `PeftModel`."""
+    if isinstance(transformer, nn.parallel.DistributedDataParallel):
+        transformer = transformer.module
+    base = getattr(transformer, "get_base_model", None)
+    return transformer if base is None else base()
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:

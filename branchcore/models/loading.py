@@ -62,6 +62,8 @@ def load(
     except (OSError, ValueError) as error:
         raise OSError(f"{family.name}: {path} must be a whole pipeline, got {error}") from error
     pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.transformer, pipe.vae):
+        part.eval().requires_grad_(False)
     return FlowModel(
         family,
         pipe.to(device),
