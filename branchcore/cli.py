@@ -1,4 +1,4 @@
-"""Command line: `python -m branchcore train | sample | plan | explain | doctor | docs`."""
+"""Command line: `python -m branchcore train | sample | plan | report | explain | doctor | docs`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from branchcore.docs_command import docs_options
 from branchcore.model_commands import sample_options, settings
 from branchcore.pruning_config import PruningConfig
 from branchcore.report import plan_report
+from branchcore.run_report import write_report
 from branchcore.schedule import shifted_linear
 from branchcore.train_command import train_options
 
@@ -46,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     train_options(commands.add_parser("train", help="train a model with a recipe"))
     sample_options(commands.add_parser("sample", help="sample images or videos"))
     _plan_options(commands.add_parser("plan", help="show a recipe's tree and what it costs"))
+    _report_options(commands.add_parser("report", help="show a run as one HTML page"))
     kernels = commands.add_parser("explain", help="which kernels run here, and why")
     kernels.set_defaults(run=_explain)
     health = commands.add_parser("doctor", help="what this machine should run, and whether it does")
@@ -70,6 +73,16 @@ def _plan_options(plan: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the recipe"
     )
     plan.set_defaults(run=_plan)
+
+
+def _report_options(report: argparse.ArgumentParser) -> None:
+    report.add_argument("folder", type=Path, metavar="run", help="its folder, finished or not")
+    report.add_argument("--out", type=Path, help="the page; report.html in that folder")
+    report.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> None:
+    print(f"wrote {write_report(args.folder, args.out)}")
 
 
 def _explain(_args: argparse.Namespace) -> None:

@@ -34,6 +34,7 @@ from branchcore.slow_fast import FastPath, check_fast_steps
 from branchcore.stages import Batch, Grown, accumulate
 from branchcore.stopping import stopping_of
 from branchcore.trainer_config import TrainerConfig
+from branchcore.tree_record import TreeRecord
 
 for _kind in (RewardFailure, NoRetry, NoMapping):
     agreed(_kind)
@@ -79,6 +80,7 @@ class Learner(Policy):
         self.tape = 0 if no_tape else self.pruning.tape(config.tape)
         self.ledger = Ledger(self.pruning, config, self.masters.parameters, self.tape, ranks)
         self.floor = NoiseFloor(recipe, config, ranks, lockstep=self.parallel.lockstep)
+        self.tree = TreeRecord(config.reward_weights)
         self.names: tuple[str, ...] = ()
         """Components of the reward, once known."""
 
@@ -252,6 +254,8 @@ class Learner(Policy):
         for batch in batches:
             weight = self.ledger.weigh(batch, update=update, inner=inner, anchor=anchor)
             weighed = batch._replace(weight=weight)
+            if update == inner == 0:
+                self.tree.see(weighed, [self.prompts[i] for i in draw.indices[[*batch.uids]]])
             self.watch.work.count(weighed, update=update, inner=inner)
             with self.watch.clock("update"):
                 part = accumulate(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from branchcore import checkpoint
+from branchcore import checkpoint, run_records
 from branchcore.advice import Advice, clip_of
 from branchcore.checkpoint import Checkpoints
 from branchcore.clock import STAGES, skew
@@ -135,7 +135,14 @@ class Trainer:
             self._restore(newest)
         if self.ranks.main:
             self.folder.forget_after(self.iteration)
+            run_records.forget_after(self.folder.path, self.iteration)
         self.checkpoints.tidy()
+        self._session = run_records.session(
+            self.learner.device,
+            after=self.iteration,
+            iterations=config.iterations,
+            processes=self.ranks.world_size,
+        )
         if self.iteration:
             self.advice.replay(read_metrics(self.folder.log_path))
 
@@ -177,9 +184,11 @@ class Trainer:
                 first = {"iteration": 0, **self._evaluation(), **self._measured()}
                 progress.row(first)
             for _ in todo:
+                due = self._due(self.iteration + 1)
+                self.learner.tree.expect(self.ranks.main and (due or self.iteration == 0))
                 metrics = self._iterate()
                 last = self.iteration == self.config.iterations
-                if self.evaluate and (last or self.iteration % self.config.evaluate_every == 0):
+                if self.evaluate and due:
                     metrics |= self._evaluation()
                 metrics |= self._measured()
                 if first:
@@ -203,6 +212,10 @@ class Trainer:
             stage=lambda: self.watch.clock.current,
             rows=read_metrics(self.folder.log_path) if self.iteration else (),
         )
+
+    def _due(self, iteration: int) -> bool:
+        """Tells whether an iteration is one to look at: to evaluate, and to keep a tree of."""
+        return iteration == self.config.iterations or iteration % self.config.evaluate_every == 0
 
     def step(self) -> Metrics:
         """Runs one iteration and returns its metrics.
@@ -267,12 +280,21 @@ class Trainer:
             if self.ranks.main:
                 metrics = self.advice.warn(metrics)
                 self.folder.log(metrics)
+                self._record(metrics["iteration"])
                 for callback in self.callbacks:
                     callback(metrics)
         except Exception as found:
             error = found
         self.ranks.agree(error)
         return metrics
+
+    def _record(self, iteration: int) -> None:
+        """Keeps what rows do not hold: a first row's session, the tree of an iteration."""
+        if self._session:
+            run_records.add_session(self.folder.path, self._session)
+            self._session = {}
+        if iteration:
+            self.learner.tree.write(self.folder.path, iteration)
 
     def _restore(self, newest: Path) -> None:
         state = self.checkpoints.load_state(newest)

@@ -71,6 +71,7 @@ def test_a_run_leaves_curves_samples_and_a_lora(run):
     written = {path.name for path in run.iterdir()}
     assert written == {
         *("run.json", "metrics.jsonl", "curves.png", "samples.png", "before.safetensors"),
+        *("sessions.jsonl", "samples", "trees"),
         *("lora", "checkpoint-000001", "checkpoint-000002"),
     }
     evaluated = [row["iteration"] for row in rows(run) if "eval/reward" in row]
@@ -83,6 +84,10 @@ def test_a_run_leaves_curves_samples_and_a_lora(run):
     assert facts["rewards"] == ["jpeg"]
     assert load_file(run / "before.safetensors")["samples"].shape == (2, 2, 3, 16, 32)
     assert (run / "samples.png").stat().st_size > 1000
+    assert {path.name for path in (run / "samples").iterdir()} == {
+        *("000000.png", "000002.png", "grid.json")
+    }
+    assert {path.name for path in (run / "trees").iterdir()} == {"000001.json", "000002.json"}
 
 
 def test_a_resumed_run_continues_bit_for_bit(run, train, tmp_path, capsys):

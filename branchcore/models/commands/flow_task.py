@@ -19,6 +19,7 @@ from branchcore.models.accelerate import accelerate
 from branchcore.models.commands.flow_samples import FlowSamples
 from branchcore.models.commands.pictures import save_samples
 from branchcore.models.commands.pipeline_flags import Pipeline
+from branchcore.models.commands.sample_history import keep_samples
 from branchcore.models.commands.task import Flags, Loaded, Settings
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.sampling import STEPS, sample
@@ -272,13 +273,13 @@ class FlowTask:
         The trainer logs iteration 0 after the first step, which may be evaluated already.
         """
         levels = (self._undrawn.pop(0) * 255).round().byte().contiguous()
+        keep_samples(out, iteration, levels / 255, self.grid_prompts)
         if iteration == 0:
             partial = out / f".partial-{BEFORE}"
             save_file({"samples": levels}, partial)
             os.replace(partial, out / BEFORE)
             return
-        before = load_file(out / BEFORE)["samples"]
-        panels = {"before": before / 255, "after": levels / 255}
+        panels = {"before": load_file(out / BEFORE)["samples"] / 255, "after": levels / 255}
         save_samples(panels, self.grid_prompts, out / "samples.png")
 
     def export(self, out: Path) -> None:

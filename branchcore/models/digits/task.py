@@ -11,6 +11,7 @@ from torch import Tensor
 
 from branchcore import checkpoint
 from branchcore.model import Model
+from branchcore.models.commands.sample_history import keep_samples
 from branchcore.models.commands.task import Flags, Loaded, Settings, refuse
 from branchcore.models.digits.evaluate import evaluate, sample
 from branchcore.models.digits.model import Digits, load_digits_model
@@ -61,9 +62,12 @@ class DigitsTask:
         return evaluate(model)._asdict()
 
     def draw(self, out: Path, iteration: int) -> None:
-        """Draws samples.png, the pretrained model's samples and this one's."""
+        """Draws samples.png, the pretrained model's samples and this one's, and keeps them."""
+        images = self.sample() if iteration else self.base
+        ink = (1 - images.unsqueeze(2)) / 2  # black on white
+        keep_samples(out, iteration, ink, self.grid_prompts)
         if iteration:
-            panels = {"before": self.base, "after": self.sample()}
+            panels = {"before": self.base, "after": images}
             self.picture(panels, self.grid_prompts, out / "samples.png")
 
     def export(self, out: Path) -> None:
