@@ -95,6 +95,10 @@ class Ranks:
         self.collect(partial(dist.all_gather_object, found, value))
         return found
 
+    def first(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Returns the names of the first process that has any: some have none to go by."""
+        return next((tuple(found) for found in self.gather(names) if found), ())
+
     def agree(self, error: Exception | None) -> None:
         """Raises on every process what was raised on one; returns where none was.
 

@@ -129,7 +129,8 @@ class Learner(Policy):
         draw = self.pruning.draw(indices, iteration, self.config.prompts_per_round, self.ranks)
         self.ledger.open(draw, iteration)
         batches, total = self.together(lambda: self._first_update(draw, iteration))
-        self._agree_on_names(batches)
+        mine = batches[0].scores.names if batches else ()
+        self.names = self.names or self.ranks.first(mine)
         self.floor.agree()
         scores = [batch.scores for batch in batches]
         check_masked(scores, self.config.reward_max_failed, self.ranks.sum)
@@ -142,13 +143,6 @@ class Learner(Policy):
             norms.append(self.optimizer_step(update, iteration))
         self.ledger.close(batches)
         return batches, total, norms
-
-    def _agree_on_names(self, batches: Sequence[Batch]) -> None:
-        """Tells processes without prompts what the reward's components are."""
-        if not self.names:
-            mine = batches[0].scores.names if batches else ()
-            found = [tuple(names) for names in self.ranks.gather(mine)]
-            self.names = next((names for names in found if names), ())
 
     def _first_update(self, draw: Draw, iteration: int) -> tuple[list[Batch], Statistics]:
         """Rolls out, scores and backpropagates round by round, so that few tapes live at a time.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -34,7 +33,6 @@ from branchcore.trainer_config import TrainerConfig
 from branchcore.watch import timed
 
 Metrics = dict[str, Any]
-_log = logging.getLogger("branchcore")
 
 
 class Trainer:
@@ -160,16 +158,9 @@ class Trainer:
                 if self.iteration and newest != self._saved():
                     self.save()
             except BaseException as error:
-                self._end_saving(error)
+                self.checkpoints.end(error)
                 raise
             self.checkpoints.wait()
-
-    def _end_saving(self, error: BaseException) -> None:
-        """Waits for the checkpoint in the background; what goes wrong with it is only noted."""
-        try:
-            self.checkpoints.wait()
-        except (RuntimeError, OSError) as second:
-            _log.warning("%s; the run ends because of: %s", second, error)
 
     def _saved(self) -> Path | None:
         self.checkpoints.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -18,6 +19,7 @@ from branchcore.checkpoint.index import Index, check_entries, check_files, read_
 from branchcore.checkpoint.tensors import Tensors
 
 T = TypeVar("T")
+_log = logging.getLogger("branchcore")
 
 
 class _Pending(NamedTuple):
@@ -107,6 +109,17 @@ class Checkpoints:
                 f"checkpoint: {folder} must be written whole, got {'; '.join(failed)}; "
                 f"the newest whole checkpoint is {whole.name if whole else 'none'}"
             )
+
+    def end(self, error: BaseException) -> None:
+        """Waits for the checkpoint in the background; what goes wrong with it is only noted.
+
+        Args:
+            error: for which the run ends.
+        """
+        try:
+            self.wait()
+        except (RuntimeError, OSError) as second:
+            _log.warning("%s; the run ends because of: %s", second, error)
 
     def latest(self) -> Path | None:
         """Returns the newest whole checkpoint, None if there is none; the first rank looks."""
