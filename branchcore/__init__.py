@@ -55,7 +55,8 @@ Where to go:
 * `branchcore.trainer`, `branchcore.trainer_config`: a run and its settings;
   `branchcore.distributed`, `branchcore.parallel`: on many processes; `branchcore.callbacks`: shown
   in TensorBoard or W&B; `branchcore.checkpoint`: what is kept of it.
-* `branchcore.stages`, `branchcore.gradient`: the stages alone, for a trainer of your own.
+* `branchcore.hosts`, `branchcore.updates`: inside a trainer that exists, from one swapped step to
+  whole iterations; `branchcore.stages`, `branchcore.gradient`: the stages alone.
 * `branchcore.pruning_config`, `branchcore.unbiased`, `branchcore.prune`, `branchcore.stopping`:
   what the backward and the rollout can leave out.
 * `branchcore.ops`: what the engine computes, with compiled kernels; `branchcore.reference`: the
