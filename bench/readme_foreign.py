@@ -35,7 +35,7 @@ def foreign(result: dict[str, Any]) -> str:
     removed = counts["depth 1"][1]
     return "\n".join(
         [
-            "    python bench/foreign.py --json bench/results/foreign.json",
+            "    python bench/foreign_trainer.py --json bench/results/foreign.json",
             "",
             "CPU seconds of an iteration, one thread, trainers in turn; in brackets how many times "
             f"faster than the original. {config['prompts']} prompts x {config['group']} leaves, "

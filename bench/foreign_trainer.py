@@ -1,6 +1,6 @@
 """CPU seconds of an iteration of a foreign Flow-GRPO trainer, as it is and at three depths.
 
-    python bench/foreign.py --json bench/results/foreign.json
+    python bench/foreign_trainer.py --json bench/results/foreign.json
 
 The trainers are those of tests/foreign, on diffusers' SD3 classes with random weights: `tiny` is
 the pipeline of the tests (width 32), `small` has a transformer of width 128, where matrix products
