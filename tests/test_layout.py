@@ -87,6 +87,8 @@ LAYERS = [
         "_machine",
         "doctor",
         "model_commands",
+        "planner",
+        "plan_command",
         "train_command",
         "cli",
         "__main__",
