@@ -17,7 +17,7 @@ from branchcore.stages import Batch
 
 ZERO_STD = 1e-6
 _OF_THE_MACHINE = ("cpu_s", "wall_s", "mfu", "memory_gb", "rss_gb")
-_GROUPS_OF_THE_MACHINE = ("time", "skew", "slowest")
+_GROUPS_OF_THE_MACHINE = ("time", "skew", "slowest", "plan")
 
 
 _COUNTS = (

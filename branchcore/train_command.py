@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -25,7 +26,9 @@ from branchcore.model_commands import (
     settings,
 )
 from branchcore.models.commands import task as tasks
+from branchcore.models.sizing.live_bytes import CallBytes
 from branchcore.parallel import ParallelConfig
+from branchcore.planner.forecast import forecast
 from branchcore.plots import curves
 from branchcore.progress import VIEWS, chosen_view
 from branchcore.run_folder import check_free
@@ -33,6 +36,8 @@ from branchcore.trainer import Metrics, Trainer
 from branchcore.trainer_config import TrainerConfig
 
 _log = logging.getLogger("branchcore")
+PROBE_S = 3.0
+"""Seconds of the probe before a run, at most."""
 
 
 def train_options(train: argparse.ArgumentParser) -> None:
@@ -134,7 +139,7 @@ def _run(args: argparse.Namespace, ranks: Ranks, parallel: ParallelConfig) -> No
     if not args.resume:
         check_free(args.out)
     check_writable(args.out)
-    sigmas, config, notes = task.load(recipe, config)
+    sigmas, config, notes, cost = task.load(recipe, config)
     recipe = recipes.build(args.recipe, sigmas, **options)
 
     def follow(metrics: Metrics) -> None:
@@ -161,6 +166,8 @@ def _run(args: argparse.Namespace, ranks: Ranks, parallel: ParallelConfig) -> No
         if ranks.main:
             _introduce(trainer, recipe, options, notes)
         task.start()
+        if ranks.main:
+            _foresee(args, trainer, task, cost)
         trainer.run()
     if ranks.main:
         _conclude(trainer, args.out)
@@ -180,6 +187,35 @@ def _follow(metrics: Metrics, trainer: Trainer, task: tasks.TrainTask, out: Path
             task.export(out)
     if evaluated and done:
         curves(out / "metrics.jsonl", out / "curves.png")
+
+
+def _foresee(
+    args: argparse.Namespace, trainer: Trainer, task: tasks.TrainTask, cost: CallBytes | None
+) -> None:
+    """Forecasts an iteration, to be logged beside what happens.
+
+    Sharded weights are not all here, and a probe of compiled blocks would compile them for it.
+    """
+    if trainer.learner.parallel.sharded or args.compile:
+        return
+    config, world = trainer.config, trainer.ranks.world_size
+    most = -(-config.prompts_per_iteration // world)
+    each = config.prompts_per_round and min(most, config.prompts_per_round)
+    local = dataclasses.replace(
+        config, prompts_per_iteration=most, prompts_per_round=each, overlap_rewards=False
+    )
+    # what somebody else wrote is not called once more than the run does
+    reward = task.reward if args.model == "digits" else None
+    prompts = trainer.prompts[:8]
+    found = forecast(
+        task.model, prompts, trainer.recipe, local, reward=reward, cost=cost, seconds=PROBE_S
+    )
+    trainer.forecast = found.metrics()
+    rest = "" if reward is not None else " and the reward"
+    print(
+        f"forecast of an iteration: {found.total:.2g} s{rest}, {found.peak / 1e9:.2g} GB of "
+        f"tensors; metrics.jsonl has it as plan/ beside what is measured"
+    )
 
 
 def _conclude(trainer: Trainer, out: Path) -> None:

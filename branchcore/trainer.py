@@ -124,6 +124,8 @@ class Trainer:
         self.watch, self.advice = self.learner.watch, Advice(clip_of(recipe.objective))
         self._state = RunState(self.learner, reward)
         self.iteration, self.cpu_s, self.skipped, self._bad = 0, 0.0, 0, 0
+        self.forecast: Mapping[str, float] = {}
+        """Logged with the first iteration from now on, beside what it measured."""
         self.folder = RunFolder(
             out, identity(config, recipe, self.prompts, facts or {}), resume=resume
         )
@@ -181,7 +183,8 @@ class Trainer:
                 last = self.iteration == self.config.iterations
                 if self.evaluate and due:
                     metrics |= self._evaluation()
-                metrics |= self._measured()
+                metrics |= {**self._measured(), **self.forecast}
+                self.forecast = {}
                 if first:
                     self._log(first)
                     first = {}

@@ -14,8 +14,9 @@ pytest.importorskip("diffusers", reason="the embedded model needs the demo extra
 pytest.importorskip("sklearn", reason="the embedded model needs the demo extra")
 
 from branchcore import recipes
-from branchcore.cli import main, settings
+from branchcore.cli import main
 from branchcore.metrics import repeatable
+from branchcore.model_commands import settings
 
 FEW = ["--set", "prompts_per_iteration=2", "--set", "checkpoint_every=1"]
 

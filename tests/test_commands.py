@@ -208,7 +208,7 @@ def test_a_preset_brings_steps_options_and_rates(sd3, prompts):
         (["--full"], "--full must come with --reference for flow_grpo.* try --reference or --set"),
         (["--preset", "flux"], r"--preset must come with its own schedule, got \['--steps'\] too"),
         (["--memory", "lots"], "text must be like '80GB' or '24GiB', got 'lots'"),
-        (["--memory", "1GB", "--set", "tape=3"], "--memory must come without --set of .*'tape'"),
+        (["--memory", "1MB", "--set", "tape=3"], "plan_memory: budget must be at least"),
         (["--eval-count", "0"], "--eval-count must be at least 1, got 0"),
         (["--device", "cuda"], "--device must be one that torch can use, got cuda without a GPU"),
         (["--height", "20"], "height must be a positive multiple of 16, got 20"),

@@ -95,6 +95,8 @@ LAYERS = [
         "_machine",
         "doctor",
         "model_commands",
+        "planner",
+        "plan_command",
         "train_command",
         "docs_command",
         "cli",

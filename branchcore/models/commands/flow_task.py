@@ -23,6 +23,7 @@ from branchcore.models.commands.sample_history import keep_samples
 from branchcore.models.commands.task import Flags, Loaded, Settings
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.sampling import STEPS, sample
+from branchcore.models.sizing.live_bytes import measure
 from branchcore.models.sizing.memory import bytes_of, plan_memory
 from branchcore.prompt_files import read_prompts
 from branchcore.recipes.recipe import Recipe
@@ -112,6 +113,42 @@ class TrainFlags:
             )
 
 
+def check_reference(flags: TrainFlags, recipe: Recipe) -> None:
+    """Raises ValueError unless there is a reference policy where, and only where, one is asked."""
+    compares = recipe.objective.compares
+    if flags.full and compares and not flags.reference:
+        raise ValueError(
+            f"--full must come with --reference for {recipe.name}, whose loss compares with "
+            "the base policy, got none; try --reference or --set kl=0"
+        )
+    if flags.reference and not compares:
+        raise ValueError(
+            f"--reference must come with a loss that compares with it, got {recipe.name} "
+            "without a KL; try --set kl=0.01"
+        )
+
+
+def prepare(model: FlowModel, flags: TrainFlags, *, seed: int = 0) -> list[str]:
+    """Switches on what is trained and what the flags ask for; returns the latter in sentences."""
+    if flags.full:
+        weights.train_all(model, reference=flags.reference)
+    else:
+        rank, alpha = flags.lora_rank or RANK, flags.lora_alpha
+        weights.add_lora(model, rank=rank, alpha=alpha, targets=flags.lora_targets, seed=seed)
+    notes: list[str] = []
+    if flags.accelerate:
+        notes.append(str(accelerate(model.module)))
+    if flags.attention is not None:
+        notes.append(runtime.set_attention(model, flags.attention))
+    if flags.checkpointing:
+        notes.append(runtime.checkpoint_blocks(model))
+    if flags.fuse_decoder:
+        notes.append(runtime.fuse_decoder(model.vae))
+    if flags.compile:
+        notes.append(runtime.compile_blocks(model))
+    return notes
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -179,69 +216,35 @@ class FlowTask:
             ValueError: a KL under full fine-tuning without a reference, and what the functions that
                 do the work refuse.
         """
-        flags, against = self.flags, recipe.objective
-        compares = bool(against.kl) or against.anchor == "reference"
-        if flags.full and compares and not flags.reference:
-            raise ValueError(
-                f"--full must come with --reference for {recipe.name}, whose loss compares with "
-                "the base policy, got none; try --reference or --set kl=0"
-            )
-        if flags.reference and not compares:
-            raise ValueError(
-                f"--reference must come with a loss that compares with it, got {recipe.name} "
-                "without a KL; try --set kl=0.01"
-            )
-        if flags.memory is not None and any(getattr(config, k) != DEFAULTS[k] for k in PLANNED):
-            raise ValueError(f"--memory must come without --set of {PLANNED}, which it chooses")
+        flags = self.flags
+        check_reference(flags, recipe)
         device = self.pipeline.device
         reward = rewards.build(flags.reward, device=device, frames=self.reward_frames)
         self._try_reward(reward, config)
         self.reward = patient(reward, config)
         taken = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.model = model = self.pipeline.load()
-        if flags.full:
-            weights.train_all(model, reference=flags.reference)
-        else:
-            weights.add_lora(
-                model,
-                rank=flags.lora_rank or RANK,
-                alpha=flags.lora_alpha,
-                targets=flags.lora_targets,
-                seed=config.seed,
-            )
-        notes = self._accelerate()
+        notes = prepare(model, flags, seed=config.seed)
+        cost = None
         if flags.memory is not None:
             self.start()  # without text encoders there is more to give
             budget, prompt = bytes_of(flags.memory), self.prompts[0]
-            plan = plan_memory(model, recipe, config, budget, prompt=prompt, reserved=taken)
+            cost = measure(model, prompt)
+            keep = [name for name in PLANNED if getattr(config, name) != DEFAULTS[name]]
+            more: dict[str, Any] = {"cost": cost, "reserved": taken, "keep": keep}
+            plan = plan_memory(model, recipe, config, budget, prompt=prompt, **more)
             config, notes = plan.config, [*notes, str(plan)]
             model.decode_batch = plan.decode_batch
         self.config = config
         if flags.preset is not None:
-            return Loaded(recipes.preset_of(recipe.name, flags.preset).sigmas, config, notes)
-        return Loaded(model.sigmas(self.num_steps), config, notes)
+            return Loaded(recipes.preset_of(recipe.name, flags.preset).sigmas, config, notes, cost)
+        return Loaded(model.sigmas(self.num_steps), config, notes, cost)
 
     def _try_reward(self, reward: Reward, config: TrainerConfig) -> None:
         """Scores noise: what is wrong with a reward is said before the model is loaded."""
         noise = torch.rand(2, *self.pipeline.shape, generator=torch.Generator().manual_seed(0))
         names = score(reward, noise.to(self.pipeline.device), self.prompts[:1] * 2).names
         component_weights(names, config.reward_weights)
-
-    def _accelerate(self) -> list[str]:
-        """Switches on what the flags ask for; returns what was done, in sentences."""
-        flags, model = self.flags, self.model
-        notes: list[str] = []
-        if flags.accelerate:
-            notes.append(str(accelerate(model.module)))
-        if flags.attention is not None:
-            notes.append(runtime.set_attention(model, flags.attention))
-        if flags.checkpointing:
-            notes.append(runtime.checkpoint_blocks(model))
-        if flags.fuse_decoder:
-            notes.append(runtime.fuse_decoder(model.vae))
-        if flags.compile:
-            notes.append(runtime.compile_blocks(model))
-        return notes
 
     def start(self) -> None:
         """Encodes all prompts and frees the text encoders."""
@@ -252,13 +255,8 @@ class FlowTask:
         assert isinstance(model, FlowModel)
         assert self.config is not None
         flags, config = self.flags, self.config
-        images = sample(
-            model,
-            self.grid_prompts,
-            count=flags.eval_count,
-            steps=flags.eval_steps,
-            max_batch=config.max_batch,
-        )
+        sizes = {"count": flags.eval_count, "steps": flags.eval_steps}
+        images = sample(model, self.grid_prompts, **sizes, max_batch=config.max_batch)
         self._undrawn.append(images)
         texts = [text for text in self.grid_prompts for _ in range(flags.eval_count)]
         scores = score(self.reward, images.flatten(0, 1), texts)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from branchcore.model import Model
 from branchcore.models import FAMILIES
+from branchcore.models.sizing.live_bytes import CallBytes
 from branchcore.recipes.recipe import Recipe, Sigmas
 from branchcore.rewards import Reward
 from branchcore.trainer_config import TrainerConfig
@@ -48,6 +49,8 @@ class Loaded(NamedTuple):
     """The run, as it fits."""
     notes: Sequence[str] = ()
     """What was switched on, in plain sentences."""
+    cost: CallBytes | None = None
+    """Bytes of its calls, if they were measured."""
 
 
 class TrainTask(Protocol):

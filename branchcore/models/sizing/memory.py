@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from branchcore.model import Model
@@ -93,6 +93,8 @@ def plan_memory(
     cost: CallBytes | None = None,
     reserved: int = 0,
     margin: float = MARGIN,
+    keep: Collection[str] = (),
+    adjust: Callable[[Need], Need] = lambda need: need,
 ) -> MemoryPlan:
     """Chooses prompts per round, rows per call and taped nodes: the fastest that fits.
 
@@ -109,6 +111,8 @@ def plan_memory(
         cost: of this model as it is, if `live_bytes.measure` was called before.
         reserved: bytes for others on the device, a reward model say.
         margin: share of the budget that stays free.
+        keep: which of prompts_per_round, max_batch and tape stay as they are in the configuration.
+        adjust: changes what is always there, where weights are spread over several devices.
 
     Returns:
         MemoryPlan; print it.
@@ -118,13 +122,15 @@ def plan_memory(
             objective keeps together, or no trainable weights.
     """
     check_trained(model)
-    need = Need.of(model, recipe, config, cost or measure(model, prompt))
+    need = adjust(Need.of(model, recipe, config, cost or measure(model, prompt)))
     apart = hasattr(model, "decode_batch")
     if apart:
         need = need._replace(decode_batch=1)
     usable = math.floor(budget * (1.0 - margin)) - reserved
-    options = list(_options(need, usable))
+    options = list(_options(need, usable, keep))
     if not options:
+        if keep and next(iter(_options(need, usable)), None) is not None:
+            raise ValueError(_too_much(need, keep, budget))
         plan, rows = need.plan(1), need.least_rows
         short = max(need.phases(plan, config.prompts_per_iteration, rows, 0).values())
         what = "one node" if rows == 1 else f"one group of {rows} nodes"
@@ -153,6 +159,20 @@ def plan_memory(
     )
 
 
+def _too_much(need: Need, keep: Collection[str], budget: int) -> str:
+    config = need.config
+    if "max_batch" in keep and (config.max_batch or need.least_rows) < need.least_rows:
+        return (
+            f"plan_memory: max_batch must be at least {need.least_rows}, the nodes that the "
+            f"objective keeps together, got {config.max_batch}"
+        )
+    given = ", ".join(f"{name}={getattr(config, name)}" for name in keep)
+    return (
+        f"plan_memory: {' and '.join(keep)} must leave an iteration within the budget of "
+        f"{_gb(budget)}, got {given}; try less, or leave them to the planner"
+    )
+
+
 def predict_memory(
     model: Model, recipe: Recipe, config: TrainerConfig, *, prompt: str
 ) -> dict[str, int]:
@@ -174,22 +194,30 @@ class Option(NamedTuple):
     tape: int
 
 
-def _options(need: Need, usable: int) -> Iterable[Option]:
+def _options(need: Need, usable: int, keep: Collection[str] = ()) -> Iterable[Option]:
     """Yields what fits: for every round size and call size the largest tape."""
-    total = need.config.prompts_per_iteration
-    fewest = 2 if need.config.overlap_rewards else 1
-    for prompts in sorted({-(-total // rounds) for rounds in range(fewest, total + 1)}):
+    total, config = need.config.prompts_per_iteration, need.config
+    fewest = 2 if config.overlap_rewards else 1
+    parts = {-(-total // rounds) for rounds in range(fewest, total + 1)}
+    if "prompts_per_round" in keep:
+        parts = {min(total, config.prompts_per_round or total)}
+    for prompts in sorted(parts):
         plan, rounds = need.plan(prompts), -(-total // prompts)
         widest = max(hi - lo for lo, hi in plan.levels())
         sizes = {2**i for i in range(widest.bit_length())} | {widest, need.least_rows}
+        if "max_batch" in keep:
+            sizes = {config.max_batch or len(plan)}
         for rows in sorted(size for size in sizes if size >= need.least_rows):
 
             def fits(tape: int, plan: Plan = plan, rounds: int = rounds, rows: int = rows) -> bool:
                 return max(need.phases(plan, rounds, rows, tape).values()) <= usable
 
-            if fits(0):
-                nodes = need.taped(plan)
-                tape = 0 if need.lags else _largest(len(nodes), fits)
+            nodes = need.taped(plan)
+            asked = len(nodes) if config.tape is None else min(config.tape, len(nodes))
+            least = asked if "tape" in keep and not need.lags else 0
+            if fits(least):
+                most = least if "tape" in keep or need.lags else len(nodes)
+                tape = most if most == least else _largest(most, fits)
                 yield Option(rounds * _work(need, plan, rows, nodes[:tape]), prompts, rows, tape)
 
 

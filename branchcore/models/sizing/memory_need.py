@@ -124,14 +124,23 @@ class Need(NamedTuple):
         most = max(fresh, cost.tape_call.at(left), taped, floor)
         return {
             "rollout": grown + wave,
-            "decoding": grown
-            + on_tape
-            + leaves * state
-            + images
-            + max(images, cost.decode.at(min(rows, leaves, self.decode_batch or rows))),
+            "decoding": grown + on_tape + leaves * state + self._decoding(leaves, rows),
             "gradient": kept + other + beside + most,
             "optimizer step": kept + self.optimizer_step,
         }
+
+    def _decoding(self, leaves: int, rows: int) -> int:
+        """Returns the most bytes of decoded images and of the call that makes the last of them."""
+        call = min(rows, leaves)
+        peak = 2 * leaves * self.cost.image  # parts, and all in one
+        for count, before in ((call, leaves // max(call, 1) - 1), (leaves % max(call, 1), 1)):
+            # a short call is the last one
+            earlier = before * call if count == call else leaves - count
+            inner = min(count, self.decode_batch or count)
+            own = max(self.cost.decode.at(inner), inner * self.cost.image)
+            both = max((count - inner) * self.cost.image + own, 2 * count * self.cost.image)
+            peak = max(peak, earlier * self.cost.image + both if count else 0)
+        return peak
 
     @property
     def stored(self) -> bool:
@@ -214,7 +223,8 @@ def resident(model: Any) -> dict[str, int]:
     pipe = getattr(model, "pipe", None)
     for name, part in {} if pipe is None else pipe.components.items():
         named.setdefault(name, part)
-    named |= {"vae": getattr(model, "vae", None), "reference": getattr(model, "frozen", None)}
+    frozen = getattr(model, "frozen", None) or getattr(model, "base", None)
+    named |= {"vae": getattr(model, "vae", None), "reference": frozen}
     seen: set[int] = set()
     sizes: dict[str, int] = {}
     for name, part in named.items():
