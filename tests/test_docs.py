@@ -269,7 +269,12 @@ def test_a_command_that_would_fail_is_seen(only_parsing, line):
         check(words, only_parsing)
 
 
-QUICK = [words[3:] for words in COMMANDS if words[1:4] == ["-m", "branchcore", "plan"]]
+# runs are planned in tests/test_planner.py
+QUICK = [
+    words[3:]
+    for words in COMMANDS
+    if words[1:4] == ["-m", "branchcore", "plan"] and "--model" not in words
+]
 
 
 @pytest.mark.parametrize("words", QUICK, ids=" ".join)

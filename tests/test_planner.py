@@ -156,7 +156,7 @@ def test_train_logs_its_forecast_beside_what_happened(tmp_path, capsys):
 
 
 def test_requests_say_themselves_in_the_words_of_the_command_line():
-    with pytest.raises(ValueError, match="plan: gpus must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="gpus must be at least 1, got 0"):
         Request(gpus=0)
     request = Request(flags={"height": 16}, fields={"tape": 3}, leaves=4)
     assert request.given() == {

@@ -44,9 +44,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
-            raise ValueError(f"plan: gpus must be at least 1, got {self.gpus}")
+            raise ValueError(f"gpus must be at least 1, got {self.gpus}")
         if self.memory is not None and self.memory < 1:
-            raise ValueError(f"plan: memory must be at least 1 byte, got {self.memory}")
+            raise ValueError(f"memory must be at least 1 byte, got {self.memory}")
 
     def parallel_config(self) -> ParallelConfig:
         """Returns how weights are spread, as far as it was said."""

@@ -215,13 +215,13 @@ def _config(subject: Subject, request: Request) -> TrainerConfig:
 def _check_spread(spread: Spread, config: TrainerConfig) -> None:
     """Raises ValueError for settings that exclude each other, as a run would."""
     if spread.lockstep and config.overlap_rewards:
-        raise ValueError("plan: overlap_rewards must be off with reshard, got both")
+        raise ValueError("overlap_rewards must be off with reshard, got both")
     if spread.lockstep and config.prune.stop:
-        raise ValueError("plan: prune_stop must be left out with reshard, got both")
+        raise ValueError("prune_stop must be left out with reshard, got both")
     if spread.lockstep and config.tape:
-        raise ValueError(f"plan: tape must be 0 with reshard, got {config.tape}")
+        raise ValueError(f"tape must be 0 with reshard, got {config.tape}")
     if spread.sharded and config.prune.measure:
-        raise ValueError("plan: prune_measure must be 0 where weights are sharded")
+        raise ValueError("prune_measure must be 0 where weights are sharded")
 
 
 def memory_of(request: Request) -> int:

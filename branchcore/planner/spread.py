@@ -39,13 +39,11 @@ class Spread(NamedTuple):
         whole = all(p.requires_grad for p in parameters)
         sharded = config.kind == "shard" or (config.kind == "auto" and whole and gpus > 1)
         if sharded and gpus % (config.shards or gpus):
-            raise ValueError(
-                f"plan: shards must divide the {gpus} GPUs, got {config.shards} per copy"
-            )
+            raise ValueError(f"shards must divide the {gpus} GPUs, got {config.shards} per copy")
         short = [p.dtype for p in parameters if p.requires_grad and p.itemsize < 4]
         if sharded and short:
             raise ValueError(
-                f"plan: dtype must be fp32 where trained weights are sharded, got {short[0]}; "
+                f"dtype must be fp32 where trained weights are sharded, got {short[0]}; "
                 "mixed computes in bfloat16"
             )
         blocks = [b for part in module.children() if isinstance(part, nn.ModuleList) for b in part]
@@ -89,10 +87,10 @@ class Spread(NamedTuple):
     def words(self) -> str:
         """Says it."""
         if self.gpus == 1 and not self.sharded:
-            return "one GPU has everything"
+            return "One GPU has all weights"
         if not self.sharded:
-            return f"every one of {self.gpus} GPUs has all weights"
-        parts = [f"weights are sharded over {self.config.shards or self.gpus} GPUs"]
+            return f"Each of the {self.gpus} GPUs has all weights"
+        parts = [f"Weights are sharded over {self.config.shards or self.gpus} GPUs"]
         parts += ["gathered for every call" if self.config.reshard else "gathered once an update"]
         parts += ["kept in CPU memory between"] if self.config.offload else []
         return ", ".join(parts)

@@ -69,7 +69,7 @@ def paragraph(planned: Planned) -> str:
         f"Gradients of {number(calls, 'micro-batch').replace('batchs', 'batches')} add up before "
         f"{'the' if updates == 1 else 'each of ' + str(updates)} optimizer "
         f"step{'' if updates == 1 else 's'}.",
-        f"Of weights, {planned.spread.words()}.",
+        f"{planned.spread.words()}.",
     ]
     return " ".join(part for part in parts if part)
 
