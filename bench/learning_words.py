@@ -7,15 +7,6 @@ from typing import Any
 
 BASE = "full"
 COMMAND = "python bench/learning.py --jobs 2"
-MISSING = "\n".join(
-    [
-        f"    {COMMAND}",
-        "",
-        "What pruning buys and costs in learning, at equal CPU time, is not measured yet: the "
-        "command above trains 30 runs of 100 CPU seconds and writes the result file that "
-        "`python bench/readme.py` makes this section of.",
-    ]
-)
 WAYS = {
     "full": "nothing",
     "dppo": "`threshold`, rate 0.7",

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import learning_words
 from readme_foreign import foreign
 from readme_pruning import census, learning, masked, packing, pruning
 from readme_scaling import scaling
@@ -205,8 +204,6 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "scaling": ("scaling.json", scaling),
     "foreign": ("foreign.json", foreign),
 }
-NOT_YET = {"learning": (learning_words.MISSING, learning_words.COMMAND)}
-"""Sections that README has before their first result: text, and the command to make one."""
 
 
 def render(text: str) -> str:
@@ -215,13 +212,9 @@ def render(text: str) -> str:
         begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
         before, rest = text.split(begin)
         after = rest.split(end)[1]
-        if (RESULTS / file).exists():
-            body = section(json.loads((RESULTS / file).read_text()))
-        elif name in NOT_YET:
-            body, command = NOT_YET[name]
-            print(f"readme: no {RESULTS / file} yet; try {command}", file=sys.stderr)
-        else:
+        if not (RESULTS / file).exists():
             sys.exit(f"readme: {RESULTS / file} must exist, got no such file; see bench/README.md")
+        body = section(json.loads((RESULTS / file).read_text()))
         text = f"{before}{begin}\n{body}\n{end}{after}"
     return text
 

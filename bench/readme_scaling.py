@@ -1,4 +1,4 @@
-"""Section of README about what many GPUs say to each other."""
+"""Sections of README about many processes: what they say to each other, and when they fail."""
 
 from __future__ import annotations
 
@@ -54,6 +54,28 @@ def scaling(result: dict[str, Any]) -> str:
             "at most a few hundred bytes per process.",
             "",
             markdown(head, rows),
+            "",
+            where(result["meta"]),
+        ]
+    )
+
+
+def faults(result: dict[str, Any]) -> str:
+    """Formats what became of a run under random faults."""
+    counts, kills = result["faults"], result["kills"]
+    quiet = ", ".join(f"{value:.3f}" for value in result["quiet"])
+    once = "each logged once" if result["every_iteration_once"] else "not each logged once"
+    return "\n".join(
+        [
+            "    python bench/faults.py --json bench/results/faults.json",
+            "",
+            f"{result['minutes']:.0f} minutes of BranchGRPO on the digits model, two processes "
+            f"under torchrun: {counts.get('raise', 0)} calls of the reward raised, "
+            f"{counts.get('hang', 0)} hung, and a process was killed {len(kills)} times. The run "
+            f"made {result['iterations']} iterations, {once}, and masked "
+            f"{result['masked_leaves']:.0f} leaves. Held-out reward at iteration "
+            f"{result['judged_at']}: {result['disturbed']:.3f}; of quiet runs, the first with the "
+            f"same seed: {quiet}.",
             "",
             where(result["meta"]),
         ]
