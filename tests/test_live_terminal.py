@@ -27,6 +27,11 @@ WORDS = [
 ]  # fmt: skip
 
 
+def _with_ctrl_c():
+    """What runs in the background inherits that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Train:
     """`python -m branchcore train` in a terminal of its own.
 
@@ -46,7 +51,7 @@ class Train:
             [sys.executable, "-m", "branchcore", *map(str, words)],
             stdin=other, stdout=other, stderr=other, start_new_session=True,
             env={**env, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"},
-            cwd=os.path.expanduser("~"),
+            cwd=os.path.expanduser("~"), preexec_fn=_with_ctrl_c,
         )  # fmt: skip
         os.close(other)
 
