@@ -123,6 +123,16 @@ class Ranks:
             vars(everywhere)[_EVERYWHERE] = True
             raise everywhere from error
 
+    def together(self, stage: Callable[[], T]) -> T:
+        """Runs a stage of every process and returns its result; what one raises, all raise."""
+        error, result = None, None
+        try:
+            result = stage()
+        except Exception as found:
+            error = found
+        self.agree(error)
+        return result  # pyright: ignore[reportReturnType]
+
     def collect(self, collective: Callable[[], object]) -> None:
         """Runs a collective; says who is missing when it fails.
 

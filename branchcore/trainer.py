@@ -157,16 +157,13 @@ class Trainer:
             except Preempted:
                 # nothing to keep before the first iteration is through
                 newest = checkpoint.folder_of(self.folder.path, self.iteration)
-                if self.iteration and newest != self._saved():
+                self.checkpoints.wait()
+                if self.iteration and newest != self.checkpoints.latest():
                     self.save()
             except BaseException as error:
                 self.checkpoints.end(error)
                 raise
             self.checkpoints.wait()
-
-    def _saved(self) -> Path | None:
-        self.checkpoints.wait()
-        return self.checkpoints.latest()
 
     def _run(self) -> None:
         todo = range(self.iteration, self.config.iterations)
@@ -269,18 +266,16 @@ class Trainer:
     @timed("callbacks")
     def _log(self, metrics: Metrics) -> Metrics:
         """Writes a row and returns it with its warnings; what fails on rank 0 fails on all."""
-        error: Exception | None = None
-        try:
-            if self.ranks.main:
-                metrics = self.advice.warn(metrics)
-                self.folder.log(metrics)
-                self._record(metrics["iteration"])
-                for callback in self.callbacks:
-                    callback(metrics)
-        except Exception as found:
-            error = found
-        self.ranks.agree(error)
-        return metrics
+
+        def write() -> Metrics:
+            row = self.advice.warn(metrics)
+            self.folder.log(row)
+            self._record(row["iteration"])
+            for callback in self.callbacks:
+                callback(row)
+            return row
+
+        return self.ranks.together(write if self.ranks.main else lambda: metrics)
 
     def _record(self, iteration: int) -> None:
         """Keeps what rows do not hold: a first row's session, the tree of an iteration."""

@@ -7,8 +7,8 @@ for metrics in updates(model, recipe, prompts, reward, iteration=step):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from branchcore.parallel import Replicas
 from branchcore.recipes.recipe import Recipe
 from branchcore.rewards import Reward, score
 
-T = TypeVar("T")
 UIDS_PER_PROCESS = 2**20
 """Default positions of prompts of different processes are so far apart."""
 
@@ -109,7 +108,7 @@ def updates(
         return stages.finish(grown, scores, recipe, iteration=iteration, reward_weights=weights)
 
     def each() -> Generator[dict[str, float]]:
-        batch = _together(ranks, begin)
+        batch = ranks.together(begin)
         for update in range(recipe.updates):
             yield _update(batch, recipe, update, parameters, ranks, max_batch, reward_weights)
 
@@ -151,23 +150,8 @@ def _update(
 ) -> dict[str, float]:
     """Adds the gradient of one update, of all processes, and returns the metrics."""
     planned = ranks.sum(np.array([len(batch.forest.plan.trained(update))], dtype=np.float64))
-    found = _together(
-        ranks,
-        lambda: stages.accumulate(
-            batch, recipe, update=update, max_batch=max_batch, num_planned=float(planned[0])
-        ),
-    )
+    limits: dict[str, Any] = {"max_batch": max_batch, "num_planned": float(planned[0])}
+    found = ranks.together(lambda: stages.accumulate(batch, recipe, update=update, **limits))
     if not ranks.alone:
         Replicas((), ranks).reduce(parameters, lambda: None)
     return iteration_metrics([batch], found, reward_weights, stack=ranks.stack)
-
-
-def _together(ranks: Ranks, stage: Callable[[], T]) -> T:
-    """Runs a stage; what one process raises in it, all raise."""
-    error, result = None, None
-    try:
-        result = stage()
-    except Exception as found:
-        error = found
-    ranks.agree(error)
-    return result  # pyright: ignore[reportReturnType]

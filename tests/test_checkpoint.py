@@ -341,7 +341,7 @@ def test_a_crash_at_any_step_leaves_a_whole_one(tmp_path, monkeypatch, keep, ite
 
 
 def test_kills_at_random_moments_leave_a_whole_one(tmp_path):
-    assert "20 kills, checkpoint" in script("checkpoint_kills.py", tmp_path, 20)
+    assert "30 kills, checkpoint" in script("checkpoint_kills.py", tmp_path, 30)
 
 
 # many processes
