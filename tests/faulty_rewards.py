@@ -6,6 +6,7 @@ import json
 import math
 import os
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -74,6 +75,9 @@ def nothing_left_behind():
     """Fails if its block leaves a thread or a process, a zombie too."""
     before = threads(), children()
     yield
+    end = time.monotonic() + 5.0
+    while (threads(), children()) != before and time.monotonic() < end:
+        time.sleep(0.05)  # a thread that has done its work may still be on its way out
     assert (threads(), children()) == before
 
 

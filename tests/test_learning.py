@@ -162,13 +162,8 @@ def test_words_follow_the_numbers(result):
     assert "Runs of commit c." in readme.learning({**result, "meta": {**meta, "commit": "e"}})
 
 
-def test_readme_says_what_to_run_before_the_first_result(tmp_path, monkeypatch, capsys):
+def test_a_section_without_its_result_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    monkeypatch.setattr(readme, "SECTIONS", {"learning": ("learning.json", readme.learning)})
-    text = readme.render("a <!-- begin:learning -->old<!-- end:learning --> b")
-    assert "old" not in text
-    assert learning_words.COMMAND in text
-    assert learning_words.COMMAND in capsys.readouterr().err
     monkeypatch.setattr(readme, "SECTIONS", {"aot": ("aot.json", readme.aot)})
     with pytest.raises(SystemExit, match=r"aot\.json must exist"):
         readme.render("<!-- begin:aot --><!-- end:aot -->")
