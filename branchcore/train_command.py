@@ -168,8 +168,12 @@ def _run(args: argparse.Namespace, ranks: Ranks, parallel: ParallelConfig) -> No
         task.start()
         if ranks.main:
             _foresee(args, trainer, task, cost)
+        finished = trainer.iteration == config.iterations
         trainer.run()
     if ranks.main:
+        if finished and not trainer.learner.parallel.sharded:
+            with trainer.averaged():
+                task.export(args.out)  # what a run with sharded weights left to do
         _conclude(trainer, args.out)
 
 

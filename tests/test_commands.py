@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,16 @@ def test_a_resumed_run_continues_bit_for_bit(run, train, tmp_path, capsys):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     before, first = (load_file(x / "before.safetensors")["samples"] for x in (cut, run))
     assert torch.equal(before, first)
+
+
+def test_a_finished_run_is_exported_again(run, train, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "lora")
+    train(out, "--lora-rank", 4, "--iterations", 2, "--resume")
+    ours, theirs = (load_file(x / "lora" / LORA_FILE) for x in (out, run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert rows(out) == rows(run)
 
 
 def test_a_resumed_run_must_be_the_same(run, train):
