@@ -23,7 +23,7 @@ LAYOUTS = {
     "resharded": (3, {"kind": "shard", "reshard": True}),
 }
 VARYING = ("model_calls", "tokens", "tflop")
-UNSHARED = {"noise_floor", "tflop_saved", "tflop"}
+UNSHARED = {"noise_floor", "clip_noise_share", "tflop_saved", "tflop"}
 
 
 @pytest.fixture(scope="module")
