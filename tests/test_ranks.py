@@ -34,6 +34,8 @@ def alone():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_and_metrics_do_not_depend_on_the_processes(layout, alone):
     world, options = LAYOUTS[layout]
+    # without a tape a trained parent has a forward more, and more of the work can be saved
+    varying = {*VARYING, "work_saved"} if options.get("reshard") else {*VARYING}
     for found in processes.values(world, ranked_runs.ranked, list(RUNS), options):
         for kind, (gradients, rows) in found.items():
             wanted, logged = alone[kind]
@@ -42,7 +44,7 @@ def test_gradients_and_metrics_do_not_depend_on_the_processes(layout, alone):
                 assert relative(a, b) <= 1e-10, (kind, relative(a, b))
             for row, other in zip(map(repeatable, rows), map(repeatable, logged), strict=True):
                 assert {*row} ^ {*other} <= UNSHARED, kind
-                for name in {*row} & {*other} - {*VARYING}:
+                for name in {*row} & {*other} - varying:
                     np.testing.assert_allclose(
                         row[name], other[name], rtol=1e-7, atol=1e-9, err_msg=f"{kind}: {name}"
                     )
