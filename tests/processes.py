@@ -57,7 +57,7 @@ def run(world_size, function, *args, timeout_s=60.0):
             for process in processes:
                 process.start()
             for process in processes:
-                process.join(timeout_s + 60.0)
+                process.join(timeout_s + 600.0)
                 assert not process.is_alive(), "a process hangs"
         finally:
             for process in processes:
