@@ -110,6 +110,7 @@ def result_of(out: Path, seeds: Sequence[int], end: int, told: dict[str, Any]) -
         "iterations": numbers[-1],
         "every_iteration_once": numbers == list(range(1, numbers[-1] + 1)),
         "judged_at": end,
+        "cut_short": end < max(held_out(out / "disturbed")),
         "disturbed": held_out(out / "disturbed")[end],
         "quiet": [curves[f"quiet {seed}"][end] for seed in seeds],
         "curves": {"disturbed": held_out(out / "disturbed"), **curves},

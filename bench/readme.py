@@ -12,7 +12,7 @@ from typing import Any
 
 from readme_foreign import foreign
 from readme_pruning import census, learning, masked, packing, pruning
-from readme_scaling import scaling
+from readme_scaling import faults, scaling
 from readme_text import markdown, where
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,6 +202,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "learning": ("learning.json", learning),
     "packing": ("packing.json", packing),
     "scaling": ("scaling.json", scaling),
+    "faults": ("faults.json", faults),
     "foreign": ("foreign.json", foreign),
 }
 

@@ -65,6 +65,7 @@ def faults(result: dict[str, Any]) -> str:
     counts, kills = result["faults"], result["kills"]
     quiet = ", ".join(f"{value:.3f}" for value in result["quiet"])
     once = "each logged once" if result["every_iteration_once"] else "not each logged once"
+    last = ", the last that all quiet runs have" if result["cut_short"] else ""
     return "\n".join(
         [
             "    python bench/faults.py --json bench/results/faults.json",
@@ -74,8 +75,8 @@ def faults(result: dict[str, Any]) -> str:
             f"{counts.get('hang', 0)} hung, and a process was killed {len(kills)} times. The run "
             f"made {result['iterations']} iterations, {once}, and masked "
             f"{result['masked_leaves']:.0f} leaves. Held-out reward at iteration "
-            f"{result['judged_at']}: {result['disturbed']:.3f}; of quiet runs, the first with the "
-            f"same seed: {quiet}.",
+            f"{result['judged_at']}{last}: {result['disturbed']:.3f}; of quiet runs, the first "
+            f"with the same seed: {quiet}.",
             "",
             where(result["meta"]),
         ]
