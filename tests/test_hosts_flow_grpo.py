@@ -218,14 +218,14 @@ BAD = [
         r"timestep must be \(1,\) or \(2,\), got \(\)",
     ),
     ({"timestep": T0.repeat(3)}, ValueError, r"timestep must be \(1,\) or \(2,\), got \(3,\)"),
-    ({"model_output": X[:, :2]}, ValueError, r"model_output must be \(2, 4, 3, 3\) like sample"),
-    ({"prev_sample": X[:1]}, ValueError, r"prev_sample must be .* got \(1, 4, 3, 3\)"),
-    ({"sample": X.clone().requires_grad_()}, NotImplementedError, "sample must have no gradient"),
-    ({"sde_type": "dance"}, ValueError, "sde_type must be 'sde' or 'cps', got 'dance'"),
+    ({"model_output": X[:, :2]}, ValueError, r"model_output must have the shape of sample, \(2, 4"),
+    ({"prev_sample": X[:1]}, ValueError, r"prev_sample must have .* got \(1, 4, 3, 3\)"),
+    ({"sample": X.clone().requires_grad_()}, NotImplementedError, "sample must not require a"),
+    ({"sde_type": "dance"}, ValueError, "sde_type must be one of sde, cps, got 'dance'"),
     ({"noise_level": -1.0}, ValueError, "noise_level must be finite and >= 0, got -1"),
     ({"noise_level": 1.5, "sde_type": "cps"}, ValueError, r"eta must be in \(0, 1\], got 1.5"),
     ({"generator": [torch.Generator()] * 3}, ValueError, "generator must be one or 2"),
-    ({"determistic": True}, TypeError, "unexpected keyword argument 'determistic'"),
+    ({"determistic": True}, TypeError, r"must be those of Flow-GRPO 54809b5, .*got 'determistic'"),
     ({"self": SimpleNamespace(sigmas=None)}, ValueError, "must have tensors timesteps and sigmas"),
     (
         {"self": SimpleNamespace(sigmas=torch.ones(10), timesteps=torch.ones(10))},
@@ -245,11 +245,11 @@ def test_what_is_wrong_is_said(changed, error, text):
 
 def test_losses_refuse_other_shapes():
     one = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"must be \(B,\), got \[\(3,\), \(3,\), \(3, 1\)\]"):
+    with pytest.raises(ValueError, match=r"advantages must be \(3,\) like log_prob, got \(3, 1\)"):
         clipped_loss(one, one, one[:, None])
     with pytest.raises(ValueError, match="clip must be two positive numbers"):
         clipped_loss(one, one, one, 0.0)
-    with pytest.raises(ValueError, match=r"prev_sample_mean_ref must be \(2, 4, 3, 3\)"):
+    with pytest.raises(ValueError, match="must have the shape of prev_sample_mean_ref"):
         kl_loss(X, X[:1], torch.ones(1))
     with pytest.raises(ValueError, match="std_dev_t must have 1 or 2 elements, got 3"):
         kl_loss(X, X, torch.ones(3))

@@ -173,9 +173,13 @@ def drawn(
     mean_BD: Tensor, rows_B4: Tensor, shape: Sequence[int], generator: Generators = None
 ) -> Tensor:
     """Returns means + s eps, (B, D), eps from torch's generator in the host's shape and order."""
+    if isinstance(generator, Sequence) and len(generator) == 1:
+        generator = generator[0]
     if isinstance(generator, Sequence):
         if len(generator) != len(mean_BD):
-            raise ValueError(f"generator: must be one or {len(mean_BD)}, got {len(generator)}")
+            raise ValueError(
+                f"generator must be one or {len(mean_BD)}, one per latent, got {len(generator)}"
+            )
         parts = [_normal((1, *shape[1:]), mean_BD, source) for source in generator]
         eps = torch.cat(parts)
     else:

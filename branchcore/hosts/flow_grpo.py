@@ -10,7 +10,7 @@ Seam: import `sde_step_with_logprob` from here, and write `clipped_loss` for the
 What differs, on purpose:
 - states of float64 stay float64; the host rounds everything to float32;
 - coefficients are computed in float64 on the host, once per call, from one copy of the timesteps;
-- a deterministic step (noise_level 0) has log-probability 0; the host has 0/0 there, NaN;
+- a deterministic step (noise_level 0) has log-probability 0; the host has NaN, 0/0, with "sde";
 - the state has no gradient: asking for one is an error;
 - of a CPU generator and CUDA latents the noise is drawn on the CPU, as diffusers does.
 What looks like a bug in the host and is kept, so that results are the same:
@@ -27,21 +27,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from branchcore import ops
-from branchcore.noise import NO_STREAM, Noise
+from branchcore.hosts import _seam
 from branchcore.objective import check_clip
 from branchcore.reference import RatioLoss
 from branchcore.steps import Row, Step, cps, euler, flow_sde
 
-_STEP = "sde_step_with_logprob"
+VERSION = "54809b5"
+KINDS = ("sde", "cps")
+_STEP, _LOSS, _KL = "flow_grpo.sde_step_with_logprob", "flow_grpo.clipped_loss", "flow_grpo.kl_loss"
+_host = _seam.host("Flow-GRPO", VERSION)
 
 
+@_host
 def sde_step_with_logprob(
     self: Any,
     model_output: Tensor,
@@ -79,26 +81,15 @@ def sde_step_with_logprob(
         NotImplementedError: a gradient of the states.
     Source: Flow-GRPO eq. 9; Flow-CPS.
     """
-    _check_states(model_output, sample, prev_sample)
-    rows, std, sqrt_dt = _rows(self, timestep, len(sample), float(noise_level), sde_type)
-    x, v = _flat(sample), _flat_velocity(model_output, sample)
-    count, device = len(x), x.device
-    row_B4 = torch.tensor([row[:4] for row in rows], dtype=torch.float64, device=device)
-    row_B4 = row_B4.expand(count, 4).contiguous()
-    start = torch.arange(count + 1, device=device)
-    still_B4 = row_B4 * row_B4.new_tensor([1.0, 1.0, 1.0, 0.0])
-    mean = ops.branch_step(x, v, still_B4, start, _no_noise(count, device)).y_MD
-    if prev_sample is not None:
-        y = _flat(prev_sample).to(mean.dtype)
-    else:
-        eps = _draw(sample.shape, generator, device, mean.dtype)
-        y = mean + row_B4[:, 3:].to(mean.dtype) * eps.flatten(1)
-    if sde_type == "cps":
-        log_prob = -(y.detach() - mean).square().mean(1)
-    elif noise_level == 0.0:
-        log_prob = mean.new_zeros(count)
-    else:
-        log_prob = ops.sde_log_prob(x, v, y.detach(), row_B4, start)
+    given = {"model_output": model_output}
+    given |= {} if prev_sample is None else {"prev_sample": prev_sample}
+    x, v, *stored = _seam.states(_STEP, sample=_seam.single(sample), **given)
+    steps, std, sqrt_dt = _steps(self, timestep, len(x), float(noise_level), sde_type)
+    rows = _seam.rows(steps, x)
+    mean = _seam.child(x, v, rows)
+    y = stored[0].to(mean.dtype) if stored else _seam.drawn(mean, rows, sample.shape, generator)
+    miss = _seam.miss(x, v, y, rows)
+    log_prob = -miss if sde_type == "cps" and noise_level else _seam.gaussian(miss, rows)
     ones = (1,) * (sample.ndim - 1)
     found = (
         y.view(sample.shape),
@@ -130,22 +121,10 @@ def clipped_loss(
 
     Source: `scripts/train_sd3.py` of the host.
     """
-    name = "clipped_loss"
-    if log_prob.ndim != 1 or not log_prob.shape == old_log_prob.shape == advantages.shape:
-        shapes = [tuple(t.shape) for t in (log_prob, old_log_prob, advantages)]
-        raise ValueError(f"{name}: log_prob, old_log_prob, advantages must be (B,), got {shapes}")
-    check_clip(name, (clip_range, clip_range))
-    count, device = len(log_prob), log_prob.device
-    clamped = advantages.detach().double().clamp(-adv_clip_max, adv_clip_max)
-    return ops.ratio_loss(
-        log_prob - old_log_prob.detach().to(log_prob.dtype),
-        torch.zeros_like(log_prob),
-        torch.arange(count + 1, device=device),
-        torch.tensor([[1.0, 0.0]], dtype=torch.float64, device=device).repeat(count, 1),
-        torch.stack([clamped.clamp(min=0.0), (-clamped).clamp(min=0.0)], dim=1),
-        torch.full((count,), 1.0 / max(count, 1), dtype=torch.float64, device=device),
-        (clip_range, clip_range),
-    )
+    _seam.per_sample(_LOSS, log_prob, "log_prob", old_log_prob=old_log_prob, advantages=advantages)
+    check_clip(_LOSS, (clip_range, clip_range))
+    log_ratio = log_prob - old_log_prob.detach().to(log_prob.dtype)
+    return _seam.clipped(log_ratio, advantages, clip_range, adv_clip_max)
 
 
 def kl_loss(
@@ -166,56 +145,22 @@ def kl_loss(
     Returns:
         (), the mean over the batch.
     """
-    if prev_sample_mean.shape != prev_sample_mean_ref.shape:
-        raise ValueError(
-            f"kl_loss: prev_sample_mean_ref must be {tuple(prev_sample_mean.shape)}, got "
-            f"{tuple(prev_sample_mean_ref.shape)}"
-        )
+    reference, mean = _seam.states(
+        _KL, prev_sample_mean_ref=prev_sample_mean_ref.detach(), prev_sample_mean=prev_sample_mean
+    )
     scale = std_dev_t if sqrt_dt is None else std_dev_t * sqrt_dt
-    if scale.numel() not in (1, len(prev_sample_mean)):
+    if scale.numel() not in (1, len(mean)):
         raise ValueError(
-            f"kl_loss: std_dev_t must have 1 or {len(prev_sample_mean)} elements, got "
-            f"{scale.numel()}"
+            f"{_KL}: std_dev_t must have 1 or {len(mean)} elements, got {scale.numel()}"
         )
-    reference = prev_sample_mean_ref.detach().flatten(1).to(prev_sample_mean.dtype)
-    q_B = ops.edge_dots(prev_sample_mean.flatten(1), reference).q_N
-    return (q_B / (2.0 * scale.flatten().square())).mean()
+    return (_seam.distance(mean, reference) / (2.0 * scale.flatten().square())).mean()
 
 
-def _check_states(model_output: Tensor, sample: Tensor, prev_sample: Tensor | None) -> None:
-    for name, value in (("model_output", model_output), ("prev_sample", prev_sample)):
-        if value is not None and value.shape != sample.shape:
-            raise ValueError(
-                f"{_STEP}: {name} must be {tuple(sample.shape)} like sample, got "
-                f"{tuple(value.shape)}"
-            )
-    if sample.ndim < 2:
-        raise ValueError(f"{_STEP}: sample must be (B, ...), got {tuple(sample.shape)}")
-    if sample.requires_grad:
-        raise NotImplementedError(
-            f"{_STEP}: sample must have no gradient, got one that requires it; try detach()"
-        )
-
-
-def _flat(states: Tensor) -> Tensor:
-    wide = states if states.dtype == torch.float64 else states.float()
-    return wide.flatten(1).detach()
-
-
-def _flat_velocity(model_output: Tensor, sample: Tensor) -> Tensor:
-    """Returns (B, D) in a dtype that the ops take with these states: bf16 stays as it is."""
-    v = model_output.flatten(1)
-    if sample.dtype == torch.float64:
-        return v.double()
-    return v if v.dtype in (torch.float32, torch.bfloat16) else v.float()
-
-
-def _rows(
+def _steps(
     scheduler: Any, timestep: Tensor, count: int, noise_level: float, sde_type: str
 ) -> tuple[list[Row], list[float], list[float]]:
     """Returns the step of every timestep, the host's std_dev_t, and sqrt(dt)."""
-    if sde_type not in ("sde", "cps"):
-        raise ValueError(f"{_STEP}: sde_type must be 'sde' or 'cps', got {sde_type!r}")
+    _seam.chosen(_STEP, "sde_type", sde_type, KINDS)
     if not (noise_level >= 0.0 and math.isfinite(noise_level)):
         raise ValueError(f"{_STEP}: noise_level must be finite and >= 0, got {noise_level}")
     if timestep.ndim != 1 or len(timestep) not in {1, count}:
@@ -265,29 +210,4 @@ def _schedule(scheduler: Any, timestep: Tensor) -> tuple[list[float], list[float
     return both[: len(own)], both[len(own) :], levels
 
 
-def _no_noise(count: int, device: torch.device) -> Noise:
-    return Noise(
-        torch.zeros(3, dtype=torch.int64, device=device),
-        torch.full((count, 3), NO_STREAM, dtype=torch.int32, device=device),
-        torch.zeros(count, 2, dtype=torch.float64, device=device),
-    )
-
-
-def _draw(
-    shape: Sequence[int],
-    generator: torch.Generator | list[torch.Generator] | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Draws the numbers that the host draws: of one generator, or a latent of each."""
-    if isinstance(generator, list) and len(generator) == 1:
-        generator = generator[0]
-    if not isinstance(generator, list):
-        where = device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)
-    if len(generator) != shape[0]:
-        raise ValueError(
-            f"{_STEP}: generator must be one or {shape[0]}, one per latent, got {len(generator)}"
-        )
-    one = (1, *shape[1:])
-    return torch.cat([_draw(one, each, device, dtype) for each in generator])
+__all__ = ["KINDS", "VERSION", "clipped_loss", "kl_loss", "sde_step_with_logprob"]
