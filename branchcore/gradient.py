@@ -5,7 +5,8 @@ Letters: M rows of the plan, E trained edges, N parents of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,12 +15,18 @@ from torch import Tensor
 
 from branchcore import ops
 from branchcore.credit import Floats
-from branchcore.forest import Forest, upload
+from branchcore.forest import Forest
 from branchcore.idle import idle_passes
-from branchcore.model import VelocityModel, call_velocity, token_budget
-from branchcore.noise import Noise
-from branchcore.objective import ClippedRatio, Edges, Objective
-from branchcore.packing import MicroBatch, pack_parents
+from branchcore.micro_batches import (
+    Terms,
+    reference_velocities,
+    rows_of_call,
+    upload_terms,
+    velocity,
+)
+from branchcore.model import VelocityModel, token_budget
+from branchcore.objective import ClippedRatio, Objective
+from branchcore.packing import pack_parents
 from branchcore.plan import Ints, Plan
 from branchcore.reference import RatioStats
 
@@ -141,15 +148,19 @@ def gradient(
     together = plan.group(objective.together) if objective.together else None
     budget = token_budget(model, plan.prompt, max_tokens)
     batches = pack_parents(plan, edges, max_batch, parts, together, budget)
-    terms = _terms(forest, batches, advantage_M2, weight_M / (planned or 1), objective)
+    terms = upload_terms(forest, batches, advantage_M2, weight_M / (planned or 1), objective)
+    v_refs: Iterator[Tensor | None] = itertools.repeat(None)
+    if objective.compares:
+        shared = 1 if even is not None else rows_of_call(budget, max_batch)
+        v_refs = reference_velocities(forest, model, terms, batches, shared)
     missing = 0 if even is None else even(len(batches)) - len(batches)
     total = Statistics.zero(forest.x.device)
     for batch, term in zip(batches, terms, strict=True):
         on_tape = batch.part >= 0
-        v = tape[batch.part][term.local] if on_tape else _velocity(forest, model, term)
+        v = tape[batch.part][term.local] if on_tape else velocity(forest, model, [term])
         stored = None if anchor == "detach" or on_tape else forest.velocity
         v_old = None if stored is None else stored[term.slots]
-        total = total.plus(_backward(forest, model, term, v, v_old, objective))
+        total = total.plus(_backward(term, v, v_old, next(v_refs), objective))
     if update == 0:
         forest.tape.clear()
     idle_passes(model, missing, forest.x.device, forest.x.dtype, reference=objective.compares)
@@ -168,17 +179,6 @@ def _check_edges(plan: Plan, advantage_M2: Floats, weight_M: Floats) -> None:
             raise ValueError(
                 f"gradient: {name} must be finite and >= 0, got {value.flat[bad]} at {bad}"
             )
-
-
-class _Terms(NamedTuple):
-    """Device tensors of one micro-batch, N parents and E edges."""
-
-    nodes: Ints
-    rows: Tensor
-    slots: Tensor
-    local: Tensor
-    edges: Edges
-    kl: Tensor
 
 
 def log_ratio_floor(
@@ -211,9 +211,9 @@ def log_ratio_floor(
     budget = token_budget(model, plan.prompt, max_tokens)
     batch = pack_parents(plan, edges, max_batch, budget=budget)[0]
     ones = np.ones((len(plan), 2))
-    (term,) = _terms(forest, [batch], ones, ones[:, 0], objective)
+    (term,) = upload_terms(forest, [batch], ones, ones[:, 0], objective)
     with torch.no_grad():
-        v = _velocity(forest, model, term)
+        v = velocity(forest, model, [term])
         v_old, start = forest.velocity[term.slots], term.edges.child_start
         p_E, q_N = ops.edge_dots(v, v_old, start, term.edges.noise)
     owner = np.repeat(np.arange(len(batch.nodes)), np.diff(batch.child_start))
@@ -222,71 +222,13 @@ def log_ratio_floor(
     return float(np.abs(lin * p - quad * q[owner]).max())
 
 
-def _terms(
-    forest: Forest,
-    batches: list[MicroBatch],
-    advantage_M2: Floats,
-    weight_M: Floats,
-    objective: Objective,
-) -> list[_Terms]:
-    """Uploads what all micro-batches need: one transfer of indices, one of floats."""
-    if not batches:
-        return []
-    plan, device = forest.plan, forest.x.device
-    together = plan.group(objective.together) if objective.together else np.zeros(len(plan), int)
-    arrays: list[Ints] = []
-    floats: list[Floats] = []
-    numbers_EC = objective.numbers(plan, np.concatenate([batch.edges for batch in batches]))
-    parts = np.split(numbers_EC, np.cumsum([len(batch.edges) for batch in batches])[:-1])
-    for batch, numbers in zip(batches, parts, strict=True):
-        nodes, edges, start = batch[:3]
-        group = np.unique(together[edges], return_inverse=True)[1].reshape(-1)
-        images = forest.slot[plan.parent[edges[plan.matching[edges]]]]
-        arrays += [nodes, forest.slot[nodes], batch.local, start, edges, group, images]
-        row, dt = plan.row[edges], plan.sigma[plan.parent[edges]] - plan.sigma[edges]
-        kl_N = np.zeros(len(nodes))
-        owner = np.repeat(np.arange(len(nodes)), np.diff(start))
-        np.add.at(kl_N, owner, weight_M[edges] * objective.kl_factor(row, dt))
-        floats += [numbers.ravel(), advantage_M2[edges].ravel(), weight_M[edges], kl_N]
-    index, number = iter(upload(arrays, device)), iter(upload(floats, device))
-    terms: list[_Terms] = []
-    for batch in batches:
-        rows, slots, local, start, edges, group, images = (next(index) for _ in range(7))
-        numbers, advantage, weight, kl = (next(number) for _ in range(4))
-        edge_terms = Edges(
-            child_start=start,
-            noise=Noise(forest.noise.key, forest.noise.counter[edges], forest.noise.mix[edges]),
-            image=forest.x[images],
-            numbers=numbers.view(len(edges), numbers_EC.shape[1]),
-            advantage=advantage.view(-1, 2),
-            weight=weight,
-            group=group,
-        )
-        terms.append(_Terms(batch.nodes, rows, slots, local, edge_terms, kl.to(forest.x.dtype)))
-    return terms
-
-
-def _velocity(
-    forest: Forest, model: VelocityModel, term: _Terms, *, reference: bool = False
-) -> Tensor:
-    sigma, prompt = forest.sigma[term.rows], forest.prompt[term.rows]
-    host = (forest.plan.sigma[term.nodes], forest.plan.prompt[term.nodes])
-    x = forest.x[term.slots]
-    return call_velocity(model, x, sigma, prompt, reference=reference, host=host)
-
-
 def _backward(
-    forest: Forest,
-    model: VelocityModel,
-    term: _Terms,
+    term: Terms,
     v: Tensor,
     v_old: Tensor | None,
+    v_ref: Tensor | None,
     objective: Objective,
 ) -> Statistics:
-    v_ref: Tensor | None = None
-    if objective.compares:
-        with torch.no_grad():
-            v_ref = _velocity(forest, model, term, reference=True)
     anchor = v_ref if objective.anchor == "reference" else v_old
     loss, stats = objective.loss(v, anchor, term.edges)
     kl = torch.zeros_like(loss)

@@ -107,6 +107,27 @@ def balanced_chunks(count: int, max_batch: int | None) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
+def runs(sizes: Sequence[int], most: int | None) -> list[tuple[int, int]]:
+    """Returns ranges of neighbours that together have at most `most` items, as long as they can be.
+
+    >>> from branchcore.packing import runs
+    >>> runs([1, 2, 4, 8], most=8)
+    [(0, 3), (3, 4)]
+
+    Args:
+        sizes: of every neighbour; one that is too large stays alone.
+        most: items of a range; None = one range.
+    """
+    ranges: list[tuple[int, int]] = []
+    first, total = 0, 0
+    for i, size in enumerate(sizes):
+        if i > first and most is not None and total + size > most:
+            ranges.append((first, i))
+            first, total = i, 0
+        total += size
+    return [*ranges, (first, len(sizes))] if len(sizes) else ranges
+
+
 class TokenBudget(NamedTuple):
     """How long the rows of a plan are for the model, and what one call may hold."""
 

@@ -223,6 +223,40 @@ def test_calls_are_filled_with_other_trees_and_steps(toy):
     assert any(len(set(sigma)) > 1 and len(set(prompt)) > 1 for _, sigma, prompt in calls[True])
 
 
+@pytest.mark.parametrize(
+    ("limits", "rows"),
+    [
+        ({}, [156]),
+        ({"max_batch": 8}, [4] + 19 * [8]),
+        ({"max_batch": 32}, [28] + 4 * [32]),
+        ({"max_tokens": 31 * 13}, [12, 16] + 4 * [32]),
+        ({"max_batch": 32, "even": lambda passes: passes}, [4, 8, 16] + 4 * [32]),
+    ],
+)
+def test_waves_on_the_tape_share_calls_of_the_reference(limits, rows, toy):
+    plan = recipes.branch_grpo(SG, splits=(0, 1, 2)).plan([0, 1, 2, 3], seed=5, iteration=3)
+    model, objective = Counting(toy(), True, [5, 9, 23, 31]), ClippedRatio(kl=0.3)
+    advantage, weight = edges_of(plan)
+    asked = []
+
+    def reference_velocity(x, sigma, prompt):
+        asked.append(len(x))
+        return model.toy.reference_velocity(x, sigma, prompt)
+
+    gradients = []
+    for tape, given in ((len(plan), limits), (0, {})):
+        limit = {k: v for k, v in given.items() if k == "max_batch"}
+        forest = rollout(plan, model, [0, 1, 2, 3], seed=5, iteration=3, tape=tape, **limit, **F64)
+        model.reference_velocity = reference_velocity
+        model.toy.zero_grad()
+        asked.clear()
+        gradient(forest, model, advantage, 0.5 + weight, objective, **given)
+        gradients.append(model.toy.gradient())
+        if tape:
+            assert asked == rows
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) <= 1e-12
+
+
 def pairs():
     """Images of three prompts, re-noised: a group is the images of a prompt at one time."""
     t = Tree()

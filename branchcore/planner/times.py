@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 
 from branchcore.models.sizing.memory_need import Need, rollout_calls
-from branchcore.packing import balanced_chunks
+from branchcore.packing import balanced_chunks, runs
 from branchcore.plan import Ints, Plan
 from branchcore.planner.engine import Overhead
 from branchcore.planner.speed import STAGES, Speed
@@ -73,7 +73,8 @@ def _round_seconds(need: Need, plan: Plan, speed: Speed) -> tuple[dict[str, floa
     alone = [n for sizes in (*updates, *inner) for n in sizes]
     update = speed.tape_call.sum(alone) + speed.backward.sum([*alone, *parts])
     if need.recipe.objective.compares:
-        update += speed.call.sum([*alone, *parts])
+        shared = [sum(parts[i:j]) for i, j in runs(parts, rows)]
+        update += speed.call.sum([*alone, *shared])
     leaves = int(plan.leaf.sum())
     most = min(rows, need.decode_batch or rows)
     found = {

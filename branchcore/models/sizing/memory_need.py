@@ -17,7 +17,7 @@ from torch import nn
 from branchcore.forest import kept_slots
 from branchcore.model import Model
 from branchcore.models.sizing.live_bytes import CallBytes
-from branchcore.packing import balanced_chunks
+from branchcore.packing import balanced_chunks, runs
 from branchcore.plan import Ints, Plan
 from branchcore.pruning import Pruning
 from branchcore.recipes.recipe import Recipe
@@ -109,7 +109,10 @@ class Need(NamedTuple):
             slots * state * (1 + self.stored) + plan.num_prompts * cost.prompt
         )
         nodes = self.taped(plan)[:tape]
-        wave, on_tape, part = self._waves(plan, rows, nodes)
+        wave, on_tape, parts = self._waves(plan, rows, nodes)
+        shared = 0
+        if reference:
+            shared = max((sum(parts[i:j]) for i, j in runs(parts, rows)), default=0)
         leaves = int(plan.leaf.sum())
         images = leaves * cost.image
         other = on_tape + images if self.config.overlap_rewards else 0
@@ -117,7 +120,8 @@ class Need(NamedTuple):
         grown = kept + other - (0 if rounds > 1 else self.gradients)
         left = self._largest_batch(plan, rows, nodes)
         fresh = cost.tape.at(left) + self._beyond(left, reference)
-        taped = on_tape + self._beyond(part, reference)
+        backward = cost.backward.at(max(parts, default=0)) + shared * state
+        taped = on_tape + max(backward, cost.call.at(shared))
         # the noise floor of stored velocities is measured while the tape is there
         floor = on_tape + (cost.call.at(_first_batch(plan, rows)) if self.stored else 0)
         beside = (3 + 2 * reference + self.stored) * left * state
@@ -166,10 +170,11 @@ class Need(NamedTuple):
         left = [len(self.left(plan, update, taped)) for update in range(plan.num_updates)]
         return max([0, *(hi - lo for n in left for lo, hi in balanced_chunks(n, rows))])
 
-    def _waves(self, plan: Plan, rows: int, nodes: Ints) -> tuple[int, int, int]:
-        """Returns the rollout's peak beyond what is kept, its tape, and the rows of its largest."""
+    def _waves(self, plan: Plan, rows: int, nodes: Ints) -> tuple[int, int, list[int]]:
+        """Returns the rollout's peak beyond what is kept, its tape, and the rows of its parts."""
         cost, state = self.cost, STATE * self.elements
-        peak = on_tape = before = part = 0
+        peak = on_tape = before = 0
+        parts: list[int] = []
         for lo, hi, children, calls in rollout_calls(plan, rows, nodes):
             width = hi - lo
             x = width * state * (2 if plan.history[lo:hi].any() else 1)
@@ -179,10 +184,10 @@ class Need(NamedTuple):
                 size = (cost.tape_call if taped else cost.call).at(count)
                 peak = max(peak, before + x + v + on_tape + size)
                 on_tape += cost.tape.at(count) if taped else 0
-                part = max(part, count if taped else 0)
+                parts += [count] if taped else []
             before = width * cost.velocity if calls else 0
             peak = max(peak, on_tape + x + before + children * state)
-        return peak, on_tape, part
+        return peak, on_tape, parts
 
 
 class Level(NamedTuple):
