@@ -12,6 +12,20 @@ from branchcore import ops
 from branchcore.forest import noise_rows
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+LONGEST_FIRST = ("test_triton.py", "test_gpu_check.py", "test_aot.py", "test_cli.py")
+"""Files of few but long tests: at the end a core would wait for them."""
+
+
+def pytest_configure(config):
+    """Keeps pytest-xdist from moving files of few tests to the end."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Begins with the longest files."""
+    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(autouse=True, scope="session")

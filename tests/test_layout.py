@@ -37,6 +37,7 @@ LAYERS = [
         "rollout",
         "objective",
         "matching",
+        "micro_batches",
         "gradient",
         "guidance",
     },
