@@ -44,7 +44,7 @@ SIZES: dict[str, tuple[dict[str, int], ...]] = {
     "flux": ({}, {"height": 32, "width": 32}, {"height": 64, "width": 64}),
     "wan": ({}, {"height": 48, "width": 48}, {"num_frames": 9}),
 }
-STEPS_MEASURED = 3
+STEPS_MEASURED = 9
 
 
 class Case(NamedTuple):

@@ -224,3 +224,23 @@ def test_equal_leaves(name, leaves):
     plan = grown(name, SD35, **options)[1]
     each = {"tempflow_grpo": 9, "instant_rewards": 9, "vgpo": 9, "g2rpo": 15}
     assert plan.counts().decodes == leaves * each.get(name, 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["branch_grpo", "branch_mix", "branchcore", "multi_grpo", "tree_grpo"]
+)
+@pytest.mark.parametrize("steps", [3, 4, 6])
+@pytest.mark.parametrize("leaves", [4, 16, 32])
+def test_few_steps_have_as_many_leaves(name, steps, leaves):
+    options = recipes.leaf_options(tuple(recipes.options_of(name)), leaves, steps)
+    sigmas = schedule.shifted_linear(steps, 3)
+    plan = recipes.build(name, sigmas, **options).plan([0], seed=0, iteration=0)
+    assert plan.counts().decodes == leaves
+
+
+def test_scaled_splits_are_published_ones_and_never_twice_the_same():
+    for preset, every in (("dense", 3), ("mixed", 4), ("sparse", 5)):
+        assert scaled_splits(preset, 20) == (0, every, 2 * every, 3 * every)
+        for steps in range(5, 40):
+            assert len(set(scaled_splits(preset, steps))) == 4
+            assert scaled_splits(preset, steps)[-1] < steps - 1

@@ -13,7 +13,11 @@ from branchcore.tree import Tree
 
 
 def scaled_splits(preset: str, steps: int, num_splits: int = 4) -> tuple[int, ...]:
-    """Returns split steps of a density published for T = 20, scaled to T = steps.
+    """Returns split steps of a density published for T = 20, scaled to T = steps, all different.
+
+    >>> from branchcore.recipes.branching import scaled_splits
+    >>> scaled_splits("dense", 20), scaled_splits("dense", 6)
+    ((0, 3, 6, 9), (0, 1, 2, 3))
 
     Args:
         preset: "dense" (0, 3, 6, 9), "mixed" (0, 4, 8, 12) or "sparse" (0, 5, 10, 15).
@@ -25,7 +29,10 @@ def scaled_splits(preset: str, steps: int, num_splits: int = 4) -> tuple[int, ..
     spacing = {"dense": 3, "mixed": 4, "sparse": 5}
     if preset not in spacing:
         raise ValueError(f"scaled_splits: preset must be from {tuple(spacing)}, got {preset!r}")
-    return tuple(spacing[preset] * steps * j // 20 for j in range(num_splits))
+    chosen: list[int] = []
+    for j in range(num_splits):
+        chosen.append(max(spacing[preset] * steps * j // 20, chosen[-1] + 1 if chosen else 0))
+    return tuple(chosen)
 
 
 def check_splits(

@@ -18,11 +18,20 @@ def prime_factors(number: int) -> tuple[int, ...]:
     return tuple(factors)
 
 
+def _few(factors: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Returns at most `most` numbers of the same product: the smallest are multiplied."""
+    found = sorted(factors)
+    while len(found) > max(most, 1):
+        found = sorted([found[0] * found[1], *found[2:]])
+    return tuple(found)
+
+
 def leaf_options(options: Collection[str], leaves: int, steps: int) -> dict[str, Any]:
     """Returns options of a recipe for `leaves` leaves per prompt (per branching step on a trunk).
 
     Chains get a group of that size, trees its prime factors (the first as roots where a method has
-    several), split as "dense" scales to `steps`, trunks the children nearest to 6 that divide it.
+    several; products of them where there are too few steps), split as "dense" scales to `steps`,
+    trunks the children nearest to 6 that divide it.
 
     Args:
         options: names of the recipe's options.
@@ -42,6 +51,7 @@ def leaf_options(options: Collection[str], leaves: int, steps: int) -> dict[str,
         if "roots" in options:
             several["roots"] = factors[0] if len(factors) > 1 else 1
             factors = factors[1:] or factors
+        factors = _few(factors, steps - 1)  # the last step has no noise
         splits = {"splits": scaled_splits("dense", steps, len(factors))}
         return {**several, "branching": factors, **(splits if "splits" in options else {})}
     if "trunks" in options and "children" in options:
