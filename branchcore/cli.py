@@ -31,8 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     try:
         args.run(args)
+        sys.stdout.flush()
     except _ERRORS as error:
         _log.debug("traceback", exc_info=error)
+        if isinstance(error, BrokenPipeError) and args.command != "train":
+            # what reads stdout has left, as `head` does: what is still to be printed goes away
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         sys.exit(f"branchcore {args.command}: {error}")
     except KeyboardInterrupt as stop:
         _log.debug("traceback", exc_info=stop)

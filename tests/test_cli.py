@@ -33,6 +33,18 @@ def command(*words):
     )
 
 
+def test_a_reader_that_leaves_ends_a_command_without_a_word():
+    done = subprocess.run(
+        f"{sys.executable} -m branchcore plan branch_mix | true",
+        shell=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=os.path.expanduser("~"),
+        check=True,
+    )
+    assert done.stderr == ""
+
+
 def rows(out):
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     return [repeatable(row) for row in lines]
