@@ -181,12 +181,10 @@ def _follow(metrics: Metrics, trainer: Trainer, task: tasks.TrainTask, out: Path
     """Draws and exports what has been learned; sharded weights are in the checkpoints only."""
     done, config = metrics["iteration"], trainer.config
     evaluated = any(name.startswith("eval/") for name in metrics)
-    whole = not trainer.learner.parallel.sharded
-    if evaluated and whole:
-        with trainer.averaged():
-            task.draw(out, done)
+    if evaluated:
+        task.draw(out, done)
     due = done == config.iterations or (done and done % config.checkpoint_every == 0)
-    if due and whole:
+    if due and not trainer.learner.parallel.sharded:
         with trainer.averaged():
             task.export(out)
     if evaluated and done:

@@ -145,7 +145,7 @@ def test_the_limit_is_a_share_of_all_leaves_of_an_iteration(toy, tmp_path):
 
 def test_an_evaluation_leaves_out_what_cannot_be_scored(monkeypatch):
     pytest.importorskip("diffusers")
-    from branchcore.models.commands import flow_task
+    from branchcore.models.commands import flow_task, sample_history
 
     samples = torch.arange(6.0).view(2, 3, 1)
     monkeypatch.setattr(flow_task, "sample", lambda *_, **__: samples)
@@ -159,7 +159,8 @@ def test_an_evaluation_leaves_out_what_cannot_be_scored(monkeypatch):
     task, model = (object.__new__(x) for x in (flow_task.FlowTask, flow_task.FlowModel))
     task.flags = flow_task.TrainFlags(prompts=None, reward=("jpeg",), eval_count=3)
     task.config = dataclasses.replace(CONFIG, reward_max_failed=0.2)
-    task.reward, task.grid_prompts, task._undrawn = patient(reward, task.config), PROMPTS[:2], []
+    task.reward, task.grid_prompts = patient(reward, task.config), PROMPTS[:2]
+    task._undrawn = sample_history.undrawn()
     assert task.evaluate(model) == pytest.approx({"reward": 6.6, "a": 2.2, "b": 4.4})
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from branchcore import recipes, rewards
 from branchcore.model import Model
@@ -19,7 +18,7 @@ from branchcore.models.accelerate import accelerate
 from branchcore.models.commands.flow_samples import FlowSamples
 from branchcore.models.commands.pictures import save_samples
 from branchcore.models.commands.pipeline_flags import Pipeline
-from branchcore.models.commands.sample_history import keep_samples
+from branchcore.models.commands.sample_history import keep_samples, undrawn
 from branchcore.models.commands.task import Flags, Loaded, Settings
 from branchcore.models.flow_model import FlowModel
 from branchcore.models.sampling import STEPS, sample
@@ -188,7 +187,7 @@ class FlowTask:
         self.reward_frames = _reward_frames(self.flags.reward_frames, self.pipeline.frames)
         self.num_steps = NUM_STEPS if self.flags.steps is None else self.flags.steps
         self.config: TrainerConfig | None = None
-        self._undrawn: list[Tensor] = []
+        self._undrawn = undrawn()
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -257,7 +256,7 @@ class FlowTask:
         flags, config = self.flags, self.config
         sizes = {"count": flags.eval_count, "steps": flags.eval_steps}
         images = sample(model, self.grid_prompts, **sizes, max_batch=config.max_batch)
-        self._undrawn.append(images)
+        self._undrawn.append((images * 255).round().byte().cpu().contiguous())
         texts = [text for text in self.grid_prompts for _ in range(flags.eval_count)]
         scores = score(self.reward, images.flatten(0, 1), texts)
         means = np.nanmean(scores.values, axis=0)  # masked samples are NaN
@@ -270,7 +269,7 @@ class FlowTask:
 
         The trainer logs iteration 0 after the first step, which may be evaluated already.
         """
-        levels = (self._undrawn.pop(0) * 255).round().byte().contiguous()
+        levels = self._undrawn.popleft()
         keep_samples(out, iteration, levels / 255, self.grid_prompts)
         if iteration == 0:
             partial = out / f".partial-{BEFORE}"

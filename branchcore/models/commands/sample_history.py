@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,15 @@ from branchcore.run_records import SAMPLES, recorded, write_record
 
 WIDEST, SMALL = 1024, 64
 """Most pixels of a row; cells of at most so many are drawn pixel by pixel, without loss."""
+
+
+def undrawn() -> deque[Tensor]:
+    """Returns an empty queue for the samples of evaluations whose rows are not logged yet.
+
+    There are two at most: those of iteration 0 are logged after the first step, which may be
+    evaluated too. Of several processes one draws, and the others keep no more than that either.
+    """
+    return deque(maxlen=2)
 
 
 def keep_samples(run: Path, iteration: int, images: Tensor, prompts: Sequence[str]) -> Path:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from branchcore import checkpoint
 from branchcore.model import Model
-from branchcore.models.commands.sample_history import keep_samples
+from branchcore.models.commands.sample_history import keep_samples, undrawn
 from branchcore.models.commands.task import Flags, Loaded, Settings, refuse
-from branchcore.models.digits.evaluate import evaluate, sample
+from branchcore.models.digits.evaluate import sample, score
 from branchcore.models.digits.model import Digits, load_digits_model
 from branchcore.models.digits.pictures import sample_grid
 from branchcore.models.digits.presets import PRESETS, SIGMAS, Preset
@@ -38,6 +38,7 @@ class DigitsTask:
     def __init__(self) -> None:
         self.model: Digits = load_digits_model()
         self.reward = DigitsReward()
+        self._undrawn = undrawn()
 
     @cached_property
     def base(self) -> Tensor:
@@ -59,11 +60,13 @@ class DigitsTask:
     def evaluate(self, model: Model) -> dict[str, float]:
         """Returns held-out measures of the model, by name."""
         assert isinstance(model, Digits)
-        return evaluate(model)._asdict()
+        images = sample(model)
+        self._undrawn.append(images[[PROMPTS.index(prompt) for prompt in self.grid_prompts]])
+        return score(images, PROMPTS)._asdict()
 
     def draw(self, out: Path, iteration: int) -> None:
         """Draws samples.png, the pretrained model's samples and this one's, and keeps them."""
-        images = self.sample() if iteration else self.base
+        images = self._undrawn.popleft()
         ink = (1 - images.unsqueeze(2)) / 2  # black on white
         keep_samples(out, iteration, ink, self.grid_prompts)
         if iteration:
