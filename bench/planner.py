@@ -3,7 +3,8 @@
 python bench/planner.py --json bench/results/planner.json
 
 Digits and tiny pipelines of SD3, FLUX and Wan on one CPU thread: memory in bytes of live tensors,
-the most in the second iteration; time in CPU seconds, the median of 9 iterations. Ten minutes.
+the most in the second iteration; time in CPU seconds, the median of 5 pairs of a forecast and 3
+iterations after it. Fifteen minutes.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from branchcore.models.digits.model import load_digits_model
 from branchcore.models.digits.prompts import PROMPTS
 from branchcore.models.digits.rewards import DigitsReward
 from branchcore.models.sizing.live_bytes import LiveBytes
-from branchcore.planner.forecast import forecast
+from branchcore.planner.forecast import Forecast, forecast
 from branchcore.planner.near import Impossible
 from branchcore.planner.request import Request
 from branchcore.planner.solve import Planned, Planner
@@ -44,7 +44,7 @@ SIZES: dict[str, tuple[dict[str, int], ...]] = {
     "flux": ({}, {"height": 32, "width": 32}, {"height": 64, "width": 64}),
     "wan": ({}, {"height": 48, "width": 48}, {"num_frames": 9}),
 }
-STEPS_MEASURED = 9
+PAIRS, STEPS_MEASURED = 5, 3
 
 
 class Case(NamedTuple):
@@ -150,40 +150,56 @@ def live_peak(zoo: Zoo, case: Case) -> int:
 
 
 def compare(zoo: Zoo, case: Case) -> dict[str, Any]:
-    """Forecasts a case, then runs it."""
+    """Forecasts a case and runs it, by turns: machines are not always equally fast."""
     with tempfile.TemporaryDirectory() as out:
         trainer = trainer_of(zoo, case, out)
-        start = time.process_time()
-        found = forecast(
-            trainer.model,
-            trainer.prompts,
-            trainer.recipe,
-            trainer.config,
-            reward=trainer.learner.reward,
-            clock=time.process_time,
-        )
-        took = time.process_time() - start
         trainer.step()
-        steps: list[float] = []
-        for _ in range(STEPS_MEASURED):
-            start = time.process_time()
-            trainer.step()
-            steps.append(time.process_time() - start)
-    measured = median(steps)
+        pairs = [_pair(trainer) for _ in range(PAIRS)]
     peak = live_peak(zoo, case)
+    found = pairs[0].forecast
+    steps = [seconds for pair in pairs for seconds in pair.steps]
+    ratios = [pair.forecast.total / median(pair.steps) for pair in pairs]
     return {
         "case": case.words(),
         "model": case.model,
         "memory_mb": found.peak / 1e6,
         "memory_mb_measured": peak / 1e6,
         "memory_ratio": found.peak / peak,
-        "cpu_s": found.total,
-        "cpu_s_measured": measured,
-        "cpu_s_spread": (max(steps) - min(steps)) / measured,
-        "time_ratio": found.total / measured,
+        "cpu_s": median(pair.forecast.total for pair in pairs),
+        "cpu_s_measured": median(steps),
+        "cpu_s_spread": (max(steps) - min(steps)) / median(steps),
+        "time_ratio": median(ratios),
+        "time_ratios": ratios,
         "stages": dict(found.seconds),
-        "forecast_cpu_s": took,
+        "forecast_cpu_s": median(pair.took for pair in pairs),
     }
+
+
+class _Pair(NamedTuple):
+    """A forecast and what was measured right after it, CPU seconds."""
+
+    forecast: Forecast
+    took: float
+    steps: list[float]
+
+
+def _pair(trainer: Trainer) -> _Pair:
+    start = time.process_time()
+    found = forecast(
+        trainer.model,
+        trainer.prompts,
+        trainer.recipe,
+        trainer.config,
+        reward=trainer.learner.reward,
+        clock=time.process_time,
+    )
+    took = time.process_time() - start
+    steps: list[float] = []
+    for _ in range(STEPS_MEASURED):
+        start = time.process_time()
+        trainer.step()
+        steps.append(time.process_time() - start)
+    return _Pair(found, took, steps)
 
 
 def valid(case: Case) -> bool:
