@@ -1,6 +1,9 @@
 """The same run on 1, 2 and 4 processes: noise, trees, gradients, metrics; and no deadlock."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import processes
@@ -73,3 +76,26 @@ def test_random_runs_neither_wait_for_each_other_nor_differ():
                 ranked_plans.assert_same(got, alone)
             except AssertionError as error:
                 raise AssertionError(f"{seed}: {ranked_plans.drawn(seed)}") from error
+
+
+def test_a_run_with_sharded_weights_draws_the_samples_of_one_process(tmp_path):
+    few = ["--iterations", "1", "--set", "prompts_per_iteration=2", "--view", "none"]
+    command = ["-m", "branchcore", "train", "--recipe", "branch_mix", *few]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for words in ([*command, "--out", tmp_path / "one"],
+                  [*torchrun, *command, "--parallel", "shard", "--out", tmp_path / "two"]):  # fmt: skip
+        subprocess.run(
+            [sys.executable, *map(str, words)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+            capture_output=True,
+            timeout=600,
+        )
+    one, two = (
+        {path.name: path.read_bytes() for path in sorted((tmp_path / out / "samples").iterdir())}
+        for out in ("one", "two")
+    )
+    assert set(one) == {"000000.png", "000001.png", "grid.json"}
+    assert two.keys() == one.keys()
+    assert two["000000.png"] == one["000000.png"]
+    assert (tmp_path / "two" / "samples.png").stat().st_size > 1000
