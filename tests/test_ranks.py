@@ -82,8 +82,8 @@ def test_a_run_with_sharded_weights_draws_the_samples_of_one_process(tmp_path):
     few = ["--iterations", "1", "--set", "prompts_per_iteration=2", "--view", "none"]
     command = ["-m", "branchcore", "train", "--recipe", "branch_mix", *few]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for words in ([*command, "--out", tmp_path / "one"],
-                  [*torchrun, *command, "--parallel", "shard", "--out", tmp_path / "two"]):  # fmt: skip
+    sharded = [*torchrun, *command, "--parallel", "shard"]
+    for words in ([*command, "--out", tmp_path / "one"], [*sharded, "--out", tmp_path / "two"]):
         subprocess.run(
             [sys.executable, *map(str, words)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
