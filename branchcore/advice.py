@@ -265,7 +265,7 @@ class _Evaluations:
             f"reward: diversity must not fall while the reward rises, got {what} from "
             f"{spread[0]:.2f} to {spread[-1]:.2f} of its mean and the reward from {rewards[0]:.3g} "
             f"to {rewards[-1]:.3g} over {len(points)} points (the policy narrows to what the "
-            "reward likes, its loopholes too); look at samples, try a larger kl, a smaller lr or "
+            "reward likes, its loopholes too); try a look at samples, a larger kl, a smaller lr or "
             "another reward beside it",
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Sequence
 
 from branchcore.models.commands.flow_task import PLANNED
@@ -11,6 +13,8 @@ from branchcore.planner.solve import Planned, memory_of
 from branchcore.planner.speed import STAGES
 from branchcore.planner.times import rounds_of
 
+WIDTH = 108
+"""Columns of the text at most."""
 _WORK = {
     "rollout": "model calls without and with a graph, noise, steps",
     "decode": "latents to images",
@@ -123,16 +127,21 @@ def settings(planned: Planned) -> str:
 def report(planned: Planned, found: Forecast) -> str:
     """Returns the whole of it."""
     budget, limit = memory_of(planned.request), planned.memory.limit
+    width = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
     none, _, rest = limit.partition("none: ")
     limit = f"{rest.capitalize()}" if not none and rest else f"What more would change: {limit}"
     return "\n".join(
         [
-            paragraph(planned),
+            textwrap.fill(paragraph(planned), width),
             "",
             table(planned, found),
             "",
-            f"Memory: {size(found.peak)} of {size(budget)}, a tenth of which stays free. {limit}.",
-            found.source,
+            textwrap.fill(
+                f"Memory: {size(found.peak)} of {size(budget)}, a tenth of which stays free. "
+                f"{limit}.",
+                width,
+            ),
+            textwrap.fill(found.source, width),
             f"Chosen, for train: {settings(planned)}",
         ]
     )

@@ -100,7 +100,7 @@ def state_of(run: Run, now: datetime) -> tuple[str, str]:
     )
 
 
-_WARNING = re.compile(
+WARNING = re.compile(
     r"^(?P<name>[\w/]+): (?P<what>.*?)(?: \((?P<why>.*)\))?; try (?P<fix>.*)$", re.S
 )
 
@@ -120,7 +120,7 @@ def warnings_of(run: Run) -> Markup | None:
 
 
 def _warning(text: str, at: Markup) -> Markup:
-    found = _WARNING.match(text)
+    found = WARNING.match(text)
     if found is None:
         return tag("li", tag("h3", "warning", at), tag("p", text))
     why, fix = found["why"], found["fix"]
