@@ -41,10 +41,10 @@ def foreign(result: dict[str, Any]) -> str:
             f"faster than the original. {config['prompts']} prompts x {config['group']} leaves, "
             f"{config['steps']} steps, guidance {config['guidance']}, batches of "
             f"{config['batch']}; `tests/foreign/original.py` and what became of it. Random weights "
-            "of diffusers' SD3 classes: `tiny` is width 32, where the overhead of small calls is "
-            "part of the gain. With a KL both sides pay the reference's forward of both halves of "
-            "guidance, which no batching saves. Depth 1 buys exactness, not time: the calls of the "
-            "model are the same.",
+            "of diffusers' SD3 classes: `tiny` is the tests' own of width 32, where the overhead "
+            "of small calls is part of the gain, `small` has width 128. With a KL both sides pay "
+            "the reference's forward of both halves of guidance, which no batching saves. Depth 1 "
+            "buys exactness, not time: the calls of the model are the same.",
             "",
             markdown(("trainer", "what", "lines", *kinds), rows),
             "",
